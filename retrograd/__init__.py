@@ -1,0 +1,70 @@
+"""retrograd: differentiate through training.
+
+Record a training run once, then ask it which training data made the model do what it does::
+
+    run = retrograd.record(model, dataset, Classification(), optimizer=..., epochs=12, batch_size=64)
+    scores = retrograd.attribute(run, queries)
+    scores.top(query=0, k=5)
+
+The verbs: `record`, `open_run`, `attribute`, `self_influence`, `retrain`, `roughness`, `coverage`, `citation`.
+"""
+
+from retrograd.adjoint import Queries, TracIn, Unrolled
+from retrograd.attribution import Coverage, Ranked, Scores, attribute, coverage, self_influence
+from retrograd.citations import citation
+from retrograd.evaluation import Agreement, linear_datamodeling_score, random_subsets, retrain
+from retrograd.progress import reporting
+from retrograd.task import Classification, Regression, Task
+from retrograd.trajectory import (
+    All,
+    CheckpointSeries,
+    Counterfactual,
+    Every,
+    Examples,
+    Recorder,
+    Roughness,
+    Sqrt,
+    Trajectory,
+    Treeverse,
+    UpdateMap,
+    open_run,
+    record,
+    roughness,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Agreement",
+    "All",
+    "CheckpointSeries",
+    "Classification",
+    "Counterfactual",
+    "Coverage",
+    "Every",
+    "Examples",
+    "Queries",
+    "Ranked",
+    "Recorder",
+    "Regression",
+    "Roughness",
+    "Scores",
+    "Sqrt",
+    "Task",
+    "TracIn",
+    "Trajectory",
+    "Treeverse",
+    "Unrolled",
+    "UpdateMap",
+    "attribute",
+    "citation",
+    "coverage",
+    "linear_datamodeling_score",
+    "open_run",
+    "random_subsets",
+    "record",
+    "reporting",
+    "retrain",
+    "roughness",
+    "self_influence",
+]

@@ -1,0 +1,143 @@
+"""Exact adjoint by replay: the derivative of the run that really happened.
+
+    λ_T = ∇f(s_T),     λ_t = A_tᵀ λ_{t+1},     d f / d w_i = Σ_{t: i ∈ batch t} ⟨λ_{t+1}, ∂Φ_t/∂w_i⟩
+
+λ_t   costate: how the outcome moves if the whole state (parameters, optimizer slots, buffers) moves at step t;
+A_t   Jacobian of the update map at the replayed state;
+w_i   weight of example i, 1 in the run that happened.
+
+The states are walked back from the stored ones; at each, one reverse pass gives A_tᵀ λ and the scores of the batch (see
+`UpdateMap.pullback`).
+
+``last=K`` stops K steps before the end (truncated backpropagation through training). ``rank=r`` sweeps an orthonormal
+basis instead of the queries: scores are linear in ∇f_q, so with G = U S Vᵀ the queries' gradients, the rows of Vᵀ are swept
+and U S applied to what comes out. Exact at full rank; the share of ΣS² that is dropped is reported as ``energy_lost``.
+
+Assumptions: the replay has the run's bits; losses are smooth enough for a derivative to say something about finite
+changes (`roughness` measures that). Cost: about half to two training runs for each query, see ``docs/cost.md``; memory 2 to
+4 times the model's parameters for each query. With ``rank=r`` r counts instead of the number of queries.
+
+References: Maclaurin et al. (2015), "Gradient-based hyperparameter optimization through reversible learning"; Hara et al.
+(2019), "Data cleansing for models trained with SGD"; Ilyas and Engstrom (2025), "MAGIC: near-optimal data attribution for
+deep learning"; Engstrom et al. (2025), "Optimizing ML training with metagradient descent".
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from retrograd.adjoint.adjoint import Notes, ScorePart
+from retrograd.adjoint.queries import Queries
+from retrograd.errors import InputError, NonFinite, NotRecorded
+from retrograd.params import flatten, unflatten
+from retrograd.progress import track_steps
+from retrograd.trajectory import Pullback, Route, Run, StateVectors, StepInputs, TrainingState, Trajectory, UpdateMap
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Exact unrolling of the run.
+
+    Args:
+        last: differentiate through only so many last steps; None for all.
+        rank: sweep so many directions instead of all queries; None for all queries.
+        route: how the costates of a step are reversed: ``"batched"`` all at once (small models), ``"loop"`` one after the
+            other (large ones), or ``"auto"``: both are timed on the first step and the faster one is used.
+    """
+
+    last: int | None = None
+    rank: int | None = None
+    route: Route | Literal["auto"] = "auto"
+
+    unit: ClassVar[str] = "measurement per unit of example weight"
+    citation: ClassVar[str] = """@inproceedings{ilyas2025magic,
+  title = {{MAGIC}: Near-Optimal Data Attribution for Deep Learning},
+  author = {Ilyas, Andrew and Engstrom, Logan},
+  year = {2025}, note = {arXiv:2504.16430}
+}"""
+
+    def __post_init__(self):
+        if self.last is not None and self.last < 1:
+            raise InputError(f"last is a number of steps, at least 1, got {self.last}.")
+        if self.rank is not None and self.rank < 1:
+            raise InputError(f"rank is a number of directions, at least 1, got {self.rank}.")
+        if self.route not in ("auto", "batched", "loop"):
+            raise InputError(f"route must be 'auto', 'batched' or 'loop', got {self.route!r}.")
+
+    def parts(self, run: Run, queries: Queries, notes: Notes, /) -> Iterator[ScorePart]:
+        """Yield the scores of each step's batch, from the last step to the first."""
+        if not isinstance(run, Trajectory):
+            raise NotRecorded(
+                "unrolling replays every step, and this run is only a list of checkpoints: the batches are not recorded. "
+                "Record the training with record(...) or Recorder(...), or use a method that needs only checkpoints (TracIn)."
+            )
+        notes.add(exact=self.last is None and (self.rank is None or self.rank >= len(queries)))
+        final = run.final_state
+        cotangents = queries.gradients(run, final)
+        mixing = None
+        if self.rank is not None and self.rank < len(queries):
+            cotangents, mixing, lost = compress(cotangents, self.rank)
+            notes.add(rank=self.rank, energy_lost=lost)
+        for inputs, _, pullback in self.sweep(run, cotangents, notes):
+            values = pullback.scores if mixing is None else mixing @ pullback.scores
+            yield ScorePart(inputs.example_ids, values)
+
+    def costates(self, run: Trajectory, cotangents: StateVectors) -> Iterator[tuple[int, StateVectors]]:
+        """Yield ``(t, λ_t)`` from t = T−1 down to 0 (or to T − last)."""
+        for _, step, pullback in self.sweep(run, cotangents, Notes()):
+            yield step, pullback.costates
+
+    def sweep(self, run: Trajectory, cotangents: StateVectors, notes: Notes) -> Iterator[tuple[StepInputs, int, Pullback]]:
+        """Pull the cotangents of the final state back step by step; yields u_t, t and what the pullback of step t gave."""
+        route = None if self.route == "auto" else self.route
+        costates = cotangents
+        steps = min(len(run), self.last or len(run))
+        for step, state, inputs in track_steps(run.reverse(self.last), steps, "walking back"):
+            if route is None:
+                route = fastest_route(run.update_map, state, inputs, costates)
+                notes.add(route=route)
+            pullback = run.update_map.pullback(state, inputs, costates, route)
+            costates = pullback.costates
+            if not torch.isfinite(pullback.scores).all():
+                raise NonFinite(
+                    f"the costates became non-finite at step {step}. The run is too rough to differentiate through from there "
+                    "on; see roughness(run), or use Unrolled(last=...)."
+                )
+            yield inputs, step, pullback
+
+
+def fastest_route(update_map: UpdateMap, state: TrainingState, inputs: StepInputs, costates: StateVectors) -> Route:
+    """Time both routes on one step, with at most 16 costates, and return the faster."""
+    few = costates[:16]
+    if len(few) == 1:
+        return "loop"
+    times: dict[Route, float] = {}
+    for route in ("loop", "batched", "loop", "batched"):  # the first round pays for what torch sets up once
+        start = time.perf_counter()
+        update_map.pullback(state, inputs, few, route)
+        times[route] = time.perf_counter() - start
+    return min(times, key=lambda route: times[route])
+
+
+def compress(vectors: StateVectors, rank: int) -> tuple[StateVectors, Tensor, float]:
+    """Return an orthonormal basis of the ``rank`` strongest directions, the mixing ``[query, rank]`` back, and the lost share.
+
+    With G = U S Vᵀ the vectors as rows: the basis is Vᵀ, the mixing U S, and the loss 1 − Σ_{j ≤ r} s_j² / Σ_j s_j². The
+    decomposition is that of the Gram matrix G Gᵀ, in float64.
+    """
+    leaves = vectors.leaves()
+    matrix = flatten(leaves.values(), batched=True)
+    gram = (matrix.double() @ matrix.double().T) if matrix.numel() < 1 << 24 else (matrix @ matrix.T).double()
+    energies, left = torch.linalg.eigh(gram)
+    energies, left = energies.flip(0).clamp(min=0), left.flip(1)
+    kept = min(rank, int((energies > energies[0] * 1e-14).sum()))
+    scale = energies[:kept].sqrt()
+    basis = ((left[:, :kept] / scale).T.to(matrix) @ matrix).contiguous()
+    like = {name: leaf[0] for name, leaf in leaves.items()}
+    directions = TrainingState.from_tensors(unflatten(basis, like), 0)
+    lost = 1.0 - (energies[:kept].sum() / energies.sum()).item()
+    return StateVectors(directions.params, directions.slots, directions.buffers), (left[:, :kept] * scale).to(matrix), lost

@@ -1,0 +1,185 @@
+"""Scores of training examples: what they mean, how to read them, and their file format.
+
+``values[q, i] = d measurement_q / d w_i``, summed over every step that used example i. Positive: more weight on example i
+raises measurement q. Unit: that of the measurement, per unit of example weight. Orientation: (query, example), always.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retrograd.errors import CorruptRecord, InputError, UnknownExample
+from retrograd.trajectory import Counterfactual
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One training example and its score for a query."""
+
+    example_id: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of all training examples for some queries.
+
+    Attributes:
+        values: ``[query, example]``.
+        example_ids: id of each column.
+        query_ids: id of each row.
+        method: how they were computed.
+        unit: their unit.
+        trajectory_digest: digest of the run, or of all runs of an average joined by commas.
+        counterfactual: the change of the data that they are meant to predict.
+        notes: what the method and the run reported: coverage, roughness, lost energy.
+
+    >>> scores = Scores(torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([10, 11, 12]), torch.tensor([0]), "by hand")
+    >>> scores.top(0, k=2)
+    [Ranked(example_id=10, score=1.0), Ranked(example_id=12, score=0.5)]
+    >>> scores.predicted_change(removed=[11])
+    tensor([2.])
+    """
+
+    values: Float[Tensor, "query example"]
+    example_ids: Int[Tensor, " example"]
+    query_ids: Int[Tensor, " query"]
+    method: str
+    unit: str = "measurement per unit of example weight"
+    trajectory_digest: str = ""
+    counterfactual: Counterfactual = field(default_factory=Counterfactual)
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self):
+        if self.values.shape != (len(self.query_ids), len(self.example_ids)):
+            raise InputError(
+                f"scores of {len(self.query_ids)} queries and {len(self.example_ids)} examples must have shape "
+                f"({len(self.query_ids)}, {len(self.example_ids)}), got {tuple(self.values.shape)}."
+            )
+
+    def __repr__(self) -> str:
+        """Say what is inside, on one line."""
+        return (
+            f"<Scores {self.method}: {len(self.query_ids)} queries × {len(self.example_ids)} examples, {self.counterfactual}>"
+        )
+
+    def of(self, query: int) -> Float[Tensor, " example"]:
+        """Return the scores of one query, by its id."""
+        return self.values[self._row(query)]
+
+    def top(self, query: int, k: int = 10, *, lowering: bool = False) -> list[Ranked]:
+        """Return the ``k`` examples that raise a query's measurement most, strongest first.
+
+        Args:
+            query: id of the query.
+            k: how many.
+            lowering: instead those that lower it most.
+        """
+        scores = self.of(query)
+        best = scores.topk(min(k, len(scores)), largest=not lowering)
+        return [
+            Ranked(int(self.example_ids[place]), float(score)) for score, place in zip(best.values, best.indices, strict=True)
+        ]
+
+    def predicted_change(self, removed: Sequence[int] | Tensor) -> Float[Tensor, " query"]:
+        """Predict how each measurement changes when these examples are removed: minus the sum of their scores.
+
+        Args:
+            removed: ids of the removed examples, each at most once.
+        """
+        ids = torch.as_tensor(removed, dtype=torch.int64)
+        if len(ids.unique()) != len(ids):
+            raise InputError("an example can be removed only once; the list of removed ids has duplicates.")
+        unknown = ids[~torch.isin(ids, self.example_ids)]
+        if len(unknown):
+            raise UnknownExample(f"the scores have no example with the id {unknown.tolist()[:5]}.")
+        return -self.values[:, torch.isin(self.example_ids, ids)].sum(dim=1)
+
+    def predicted_subset(self, kept: Tensor) -> Float[Tensor, "subset query"]:
+        """Predict the change of each measurement when only a subset is kept.
+
+        Args:
+            kept: True for the examples that stay, in the order of ``example_ids``, shape ``[subset, example]``.
+        """
+        return -(~kept).to(self.values) @ self.values.T
+
+    @staticmethod
+    def mean(parts: "Sequence[Scores]") -> "Scores":
+        """Average scores of several runs (an ensemble); ids must agree."""
+        if not parts:
+            raise InputError("there is nothing to average.")
+        first = parts[0]
+        for other in parts[1:]:
+            if not torch.equal(other.example_ids, first.example_ids) or not torch.equal(other.query_ids, first.query_ids):
+                raise InputError("scores of other examples or queries cannot be averaged; their ids must agree, in order.")
+            if other.unit != first.unit or other.counterfactual != first.counterfactual:
+                raise InputError(f"{first!r} and {other!r} do not mean the same: unit and counterfactual must agree.")
+        values = torch.stack([part.values for part in parts]).mean(0)
+        digest = ",".join(part.trajectory_digest for part in parts)
+        return replace(first, values=values, trajectory_digest=digest, notes={**first.notes, "runs": len(parts)})
+
+    # ------------------------------------------------------------------ files
+
+    def to_parquet(self, path: str | os.PathLike[str]) -> None:
+        """Write a table: one row an example, a column ``example_id`` and one column ``query_<id>`` for each query."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {"example_id": self.example_ids.numpy()}
+        columns |= {f"query_{int(query)}": row.numpy() for query, row in zip(self.query_ids, self.values.cpu(), strict=True)}
+        about = {
+            "method": self.method,
+            "unit": self.unit,
+            "trajectory_digest": self.trajectory_digest,
+            "counterfactual": [self.counterfactual.keep, self.counterfactual.removal, self.counterfactual.seeds],
+            "notes": dict(self.notes),
+        }
+        table = pa.table(columns).replace_schema_metadata({"retrograd": json.dumps(about)})
+        target = Path(path)
+        temporary = target.with_name(target.name + ".tmp")
+        pq.write_table(table, temporary, write_page_checksum=True)
+        os.replace(temporary, target)
+
+    @staticmethod
+    def from_parquet(path: str | os.PathLike[str]) -> "Scores":
+        """Read what `to_parquet` wrote.
+
+        Raises:
+            CorruptRecord: the file is torn, or no table of scores.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            table = pq.ParquetFile(path, page_checksum_verification=True).read()
+            about = json.loads(table.schema.metadata[b"retrograd"])
+            queries = [name for name in table.column_names if name.startswith("query_")]
+            values = np.stack([table.column(name).to_numpy() for name in queries])
+            return Scores(
+                torch.from_numpy(values),
+                torch.from_numpy(table.column("example_id").to_numpy().copy()),
+                torch.tensor([int(name.removeprefix("query_")) for name in queries]),
+                about["method"],
+                about["unit"],
+                about["trajectory_digest"],
+                Counterfactual(*about["counterfactual"]),
+                about["notes"],
+            )
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+            raise CorruptRecord(f"{path} is not a whole table of scores: {error}") from error
+
+    def _row(self, query: int) -> int:
+        found = (self.query_ids == query).nonzero()
+        if not len(found):
+            raise UnknownExample(f"there is no query {query}. Query ids: {self.query_ids.tolist()[:10]}.")
+        return int(found[0])

@@ -1,0 +1,91 @@
+"""How well predicted outcomes of retraining agree with actual ones.
+
+Linear datamodeling score (Park et al. 2023): for each query the Spearman rank correlation, over random subsets, between
+the predicted and the actual measurement; then the mean over queries. The interval is a percentile bootstrap that
+resamples subsets *and* queries: resampling queries alone is too narrow, because all of them share the subsets.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from retrograd.errors import InputError
+from retrograd.optional import optional
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A correlation with its interval.
+
+    Attributes:
+        value: mean over queries of the correlation over subsets.
+        low: lower end of the interval.
+        high: upper end.
+        confidence: what share of such intervals cover the truth.
+        per_query: the correlation of each query.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    per_query: Float[Tensor, " query"]
+
+    def __str__(self) -> str:
+        """Give the value and its interval."""
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def linear_datamodeling_score(
+    predicted: Float[Tensor, "subset query"],
+    actual: Float[Tensor, "subset query"],
+    *,
+    ranks: bool = True,
+    resamples: int = 500,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Agreement:
+    """Correlate predicted and actual measurements over subsets, query by query.
+
+    Args:
+        predicted: predicted measurement (or its change) of each query after retraining on each subset.
+        actual: the measurement after retraining.
+        ranks: Spearman's rank correlation if True (the linear datamodeling score), else Pearson's.
+        resamples: number of bootstrap resamples.
+        confidence: of the interval.
+        seed: of the resampling.
+
+    >>> predicted = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    >>> linear_datamodeling_score(predicted, predicted.exp()).value            # monotone: equal ranks
+    1.0
+    """
+    if predicted.shape != actual.shape or predicted.dim() != 2 or len(predicted) < 3:
+        raise InputError(
+            f"predicted and actual must both have shape [subset, query] with at least 3 subsets, got {tuple(predicted.shape)} "
+            f"and {tuple(actual.shape)}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    per_query = _correlations(predicted, actual, ranks)
+    subsets, queries = predicted.shape
+    means = torch.empty(resamples)
+    for index in range(resamples):
+        rows = torch.randint(0, subsets, (subsets,), generator=generator)
+        columns = torch.randint(0, queries, (queries,), generator=generator)
+        means[index] = _correlations(predicted[rows][:, columns], actual[rows][:, columns], ranks).mean()
+    tail = (1 - confidence) / 2
+    low, high = means.quantile(torch.tensor([tail, 1 - tail])).tolist()
+    return Agreement(per_query.mean().item(), low, high, confidence, per_query)
+
+
+def _correlations(left: Tensor, right: Tensor, ranks: bool) -> Tensor:
+    """Correlate column by column; 0 where a column is constant."""
+    left, right = (_ranks(side) if ranks else side.double() for side in (left, right))
+    left, right = left - left.mean(0), right - right.mean(0)
+    return (left * right).sum(0) / (left.norm(dim=0) * right.norm(dim=0)).clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """Rank each column, ties sharing their mean rank."""
+    return torch.from_numpy(optional("scipy.stats", "report").rankdata(values.numpy(), axis=0))

@@ -1,0 +1,180 @@
+"""What is trained and what is asked: the two functions that a user writes.
+
+A task never sees parameters or optimizers. It gets ``model``, the user's own module *bound* to some parameters
+(`torch.func.functional_call` underneath), and uses it as plain torch code::
+
+    class Denoising:
+        def losses(self, model, batch):             # one loss per example, not reduced
+            noisy, clean = batch
+            return (model(noisy) - clean).square().mean(dim=(1, 2, 3))
+
+        def measurements(self, model, batch):       # one number per query: what is asked about the trained model
+            return self.losses(model, batch)
+
+Losses that couple the examples of a batch (contrastive, ranking, graph losses) give
+``loss(model, batch, weights) -> scalar`` instead of ``losses``; the weights are then theirs to use. Whatever ``losses``
+does per example, the loss of a step is ``Σ_i w_i ℓ_i / B`` with B the number of examples in the batch.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from retrograd.errors import InputError
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a user has to write: per-example losses to train on, and measurements to ask about.
+
+    ``model`` runs in training mode inside ``losses`` and in evaluation mode inside ``measurements``.
+    """
+
+    def losses(self, model: nn.Module, batch: Any, /) -> Float[Tensor, " batch"]:
+        """Return one loss per example of ``batch``, not reduced."""
+        ...
+
+    def measurements(self, model: nn.Module, batch: Any, /) -> Float[Tensor, " query"]:
+        """Return one number per query of ``batch``."""
+        ...
+
+
+@runtime_checkable
+class CoupledTask(Protocol):
+    """A task whose loss couples the examples of a batch; their weights are an input of the loss."""
+
+    def loss(self, model: nn.Module, batch: Any, weights: Float[Tensor, " batch"], /) -> Float[Tensor, ""]:
+        """Return the scalar loss of the step."""
+        ...
+
+    def measurements(self, model: nn.Module, batch: Any, /) -> Float[Tensor, " query"]:
+        """Return one number per query of ``batch``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Classification:
+    """Cross-entropy on ``(inputs, labels)``; asks for the margin of the true label, its log-probability, or the loss.
+
+    Args:
+        measurement: ``"margin"`` is log p − log(1 − p) of the true label's probability p (in nats; positive where the
+            model is right with p > ½), ``"log_probability"`` is log p, ``"loss"`` is −log p.
+        label_smoothing: share of the target that is spread over all classes in the training loss.
+
+    >>> model = nn.Linear(2, 2, bias=False)
+    >>> _ = model.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 0.0]]))
+    >>> batch = (torch.tensor([[2.0, 0.0]]), torch.tensor([0]))
+    >>> Classification().measurements(model, batch).item()        # two classes: the margin is the logit difference
+    2.0
+    """
+
+    measurement: Literal["margin", "log_probability", "loss"] = "margin"
+    label_smoothing: float = 0.0
+
+    def losses(self, model: nn.Module, batch: Any) -> Float[Tensor, " batch"]:
+        """Return the cross-entropy of each example, in nats."""
+        inputs, labels = batch
+        return F.cross_entropy(model(inputs), labels, reduction="none", label_smoothing=self.label_smoothing)
+
+    def measurements(self, model: nn.Module, batch: Any) -> Float[Tensor, " query"]:
+        """Return the chosen measurement of each query, in nats."""
+        inputs, labels = batch
+        log_probabilities = F.log_softmax(model(inputs), dim=-1)
+        true = log_probabilities.gather(1, labels[:, None])[:, 0]
+        if self.measurement == "margin":
+            others = log_probabilities.scatter(1, labels[:, None], -torch.inf)
+            return true - others.logsumexp(dim=1)
+        return true if self.measurement == "log_probability" else -true
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Squared error on ``(inputs, targets)``; asks for the absolute error, the squared error, or the prediction.
+
+    Args:
+        measurement: ``"absolute_error"`` in units of the target, ``"loss"`` its square, ``"prediction"`` the output
+            itself. Outputs with several components are averaged over them.
+
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = model.weight.data.fill_(2.0)
+    >>> Regression().measurements(model, (torch.tensor([[3.0]]), torch.tensor([[5.0]]))).item()
+    1.0
+    """
+
+    measurement: Literal["absolute_error", "loss", "prediction"] = "absolute_error"
+
+    def losses(self, model: nn.Module, batch: Any) -> Float[Tensor, " batch"]:
+        """Return the squared error of each example, averaged over output components."""
+        inputs, targets = batch
+        return (_like_targets(model(inputs), targets) - targets).square().flatten(1).mean(dim=1)
+
+    def measurements(self, model: nn.Module, batch: Any) -> Float[Tensor, " query"]:
+        """Return the chosen measurement of each query."""
+        inputs, targets = batch
+        outputs = _like_targets(model(inputs), targets)
+        if self.measurement == "prediction":
+            return outputs.flatten(1).mean(dim=1)
+        errors = (outputs - targets).abs() if self.measurement == "absolute_error" else (outputs - targets).square()
+        return errors.flatten(1).mean(dim=1)
+
+
+def _like_targets(outputs: Tensor, targets: Tensor) -> Tensor:
+    # [B, 1] against [B] would broadcast to [B, B] and train on nonsense without a word.
+    if outputs.shape != targets.shape:
+        raise InputError(
+            f"Regression got outputs of shape {tuple(outputs.shape)} and targets of shape {tuple(targets.shape)}. "
+            "They must be equal; reshape the targets, for example targets[:, None]."
+        )
+    if outputs.dim() < 2:
+        raise InputError("Regression needs outputs of shape [batch, components]; end the model with a [batch, 1] layer.")
+    return outputs
+
+
+def weighted_loss(task: Task | CoupledTask, model: nn.Module, batch: Any, weights: Tensor | None, size: int) -> Tensor:
+    """Return the loss of one step, ``Σ_i w_i ℓ_i / B``; ``weights=None`` means all ones."""
+    if isinstance(task, CoupledTask):
+        return task.loss(model, batch, torch.ones(size) if weights is None else weights)
+    losses = task.losses(model, batch)
+    if losses.shape != (size,):
+        raise InputError(
+            f"{type(task).__name__}.losses gave shape {tuple(losses.shape)} for a batch of {size} examples. It must give one "
+            f"loss per example, shape ({size},): use reduction='none' and average over everything but the batch axis."
+        )
+    return losses.sum() / size if weights is None else (weights.to(losses) * losses).sum() / size
+
+
+class _Caller(nn.Module):
+    """A module whose forward calls ``function(model, …)``: so functional_call can bind any use of a model, not only model(x)."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.model, *args)
+
+
+class BoundModel:
+    """A user's module whose parameters and buffers can be given at each call.
+
+    Buffers that the call changes are left in ``tensors`` (they are replaced or written in place there, and the module's
+    own are not touched).
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._caller = _Caller(model)
+
+    def __call__(self, function: Callable[..., Any], tensors: Mapping[str, Tensor], *args: Any) -> Any:
+        """Return ``function(model, *args)`` with ``tensors`` in place of the module's own, tied weights staying tied."""
+        prefixed = {"model." + name: tensor for name, tensor in tensors.items()}
+        result = torch.func.functional_call(self._caller, prefixed, (function, *args))
+        for name in tensors:
+            if prefixed["model." + name] is not tensors[name]:
+                tensors[name] = prefixed["model." + name]  # type: ignore[index]
+        return result

@@ -1,0 +1,39 @@
+"""Training runs as sequences of update maps: states, inputs, the map and its Jacobian products, recording and replay."""
+
+from retrograd.trajectory.checkpoint_series import CheckpointSeries
+from retrograd.trajectory.counterfactual import Counterfactual
+from retrograd.trajectory.examples import Examples
+from retrograd.trajectory.record import batch_order, open_run, record
+from retrograd.trajectory.recorder import Recorder
+from retrograd.trajectory.roughness import Roughness, roughness
+from retrograd.trajectory.schedule import All, Every, Schedule, Sqrt, Treeverse
+from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState
+from retrograd.trajectory.trajectory import MemoryCheckpoints, Run, StepRecord, Trajectory
+from retrograd.trajectory.update_map import Pullback, Route, UpdateMap
+
+__all__ = [
+    "All",
+    "CheckpointSeries",
+    "Counterfactual",
+    "Every",
+    "Examples",
+    "MemoryCheckpoints",
+    "Pullback",
+    "Recorder",
+    "Roughness",
+    "Route",
+    "Run",
+    "Schedule",
+    "Sqrt",
+    "StateVectors",
+    "StepInputs",
+    "StepRecord",
+    "TrainingState",
+    "Trajectory",
+    "Treeverse",
+    "UpdateMap",
+    "batch_order",
+    "open_run",
+    "record",
+    "roughness",
+]

@@ -1,0 +1,456 @@
+"""Record an ordinary training loop while it runs, and check that the record is true.
+
+    recorder = Recorder(model, dataset, task, optimizer, folder="runs/digits")
+    for ids in batches:
+        inputs, labels = dataset[ids]
+        with recorder.step(ids):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), labels).backward()
+            optimizer.step()
+        scheduler.step()
+    run = recorder.finish()
+
+Nothing about the loop changes, except that the random numbers drawn inside a step come from that step's recorded seed.
+The recorder **checks itself**: at steps 0, 1, 4, 16, 64, … it replays the step from the record alone and compares all
+tensors with what really happened; between steps it looks whether anything else wrote to the model; and every later replay
+compares one number a step (`trajectory.witness`). So a loop that does something the record does not know (another
+loss, clipping it was not told of, augmentation, noise on gradients) is found, with the step and how far off.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrograd.errors import (
+    CorruptRecord,
+    DataChanged,
+    InputError,
+    ModelChanged,
+    NonFinite,
+    ReplayMismatch,
+    UnsupportedHook,
+    UnsupportedScaler,
+    UnsupportedTraining,
+)
+from retrograd.task import CoupledTask, Task
+from retrograd.trajectory import digests
+from retrograd.trajectory.counterfactual import Counterfactual
+from retrograd.trajectory.examples import Examples
+from retrograd.trajectory.schedule import Schedule, Sqrt
+from retrograd.trajectory.state import TrainingState
+from retrograd.trajectory.store import FORMAT, RunFolder
+from retrograd.trajectory.trajectory import MemoryCheckpoints, StepRecord, Trajectory, keep_checkpoint, witness
+from retrograd.trajectory.update_map import UpdateMap, seeded
+from retrograd.update_rules import TorchRule, rule_of
+
+
+class Step:
+    """Handle of the step that is being recorded; set `loss` to have it in the record."""
+
+    loss: Tensor | float | None = None
+
+
+class Recorder:
+    """Records a user's training loop.
+
+    Args:
+        model: the module that is trained.
+        dataset: its training examples (anything that `Examples` takes).
+        task: the same loss that the loop minimises, per example.
+        optimizer: the loop's ``torch.optim`` optimizer, over parameters of ``model``.
+        clip_norm: the norm given to ``clip_grad_norm_`` in the loop, if there is such a call.
+        checkpoints: which states are kept.
+        folder: where to write the run; None keeps it in memory.
+        resume: continue the run in ``folder`` if there is one: model and optimizer are set to its last stored state, and
+            `steps_done` says how many steps the loop must skip.
+        seed: seed of the steps' random numbers.
+        tolerance: largest relative difference between a replayed and a real step. Rounding in another order (a fused
+            optimizer, another reduction of the loss) stays far below the default.
+        check_every: replay every so many steps, instead of steps 0, 1, 2, 4, 8, …
+        counterfactual: what the run is the linearisation point of, if its learning rates were chosen to match one.
+
+    Raises:
+        UnknownOptimizer: no update rule equals the optimizer.
+        UnsupportedHook: the model or the optimizer has hooks that change gradients or parameters.
+        RecordExists: ``folder`` holds a run and ``resume`` is not set.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Any,
+        task: Task | CoupledTask,
+        optimizer: torch.optim.Optimizer,
+        *,
+        clip_norm: float | None = None,
+        checkpoints: Schedule | None = None,
+        folder: str | PathLike[str] | None = None,
+        resume: bool = False,
+        seed: int = 0,
+        tolerance: float = 1e-4,
+        check_every: int | None = None,
+        counterfactual: Counterfactual | None = None,
+    ):
+        rule = rule_of(optimizer)
+        refuse_hooks(model, optimizer)
+        self.model, self.optimizer, self.seed = model, optimizer, seed
+        self.schedule = checkpoints or Sqrt()
+        self._rule: TorchRule = rule
+        self._groups = _group_names(model, optimizer)
+        self._params = dict(model.named_parameters())
+        self._trained = {name: self._params[name] for group in self._groups for name in group}
+        self._watched = [*self._params.values(), *model.buffers()]
+        evaluation = [name for name, module in model.named_modules() if name and not module.training]
+        self._trajectory = Trajectory(
+            UpdateMap(model, task, rule, self._groups, clip_norm, evaluation),
+            Examples.of(dataset),
+            [],
+            RunFolder(folder) if folder is not None else MemoryCheckpoints(),
+            self.schedule,
+            tolerance=tolerance,
+            counterfactual=counterfactual,
+        )
+        self._check_every = check_every
+        self._pending: list[tuple[StepRecord, Tensor]] = []  # steps whose numbers still live on the device
+        self._hyper: tuple[dict[str, float], ...] | None = None
+        self._writer = _Writer()
+        self._chain: list[str] = []
+        if resume and self._folder is not None and self._folder.exists():
+            self._continue()
+        else:
+            self._begin()
+        self._versions = self._tensor_versions()
+        self._hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
+
+    @property
+    def steps_done(self) -> int:
+        """Number of steps that are recorded; after ``resume`` the loop goes on with this step."""
+        return len(self._trajectory.records) + len(self._pending)
+
+    # ------------------------------------------------------------------ one step
+
+    @contextmanager
+    def step(self, example_ids: Tensor | Sequence[int], weights: Tensor | None = None) -> Iterator[Step]:
+        """Record one step: forward, backward, clipping and one ``optimizer.step()`` happen inside.
+
+        Args:
+            example_ids: ids of the examples of the batch, shape ``[B]``.
+            weights: their weights if the loss is weighted, shape ``[B]``.
+
+        Raises:
+            UnsupportedTraining: something outside of a step wrote to the model, or the step made no or two updates.
+            ReplayMismatch: replaying the step from the record gives something else.
+        """
+        number = self.steps_done
+        ids = torch.as_tensor(example_ids, dtype=torch.int64).detach().cpu()
+        self._trajectory.examples.rows(ids)
+        if self._tensor_versions() != self._versions:
+            raise UnsupportedTraining(
+                f"parameters or buffers were written to between step {number - 1} and step {number}, outside of "
+                "recorder.step(...). The record cannot know of that. Common causes: evaluating in training mode (batch norm "
+                "moves its statistics; call model.eval() first), weight averaging, loading weights."
+            )
+        before = self._live_state(number).clone() if self._is_checked(number) else None
+        self._hyper, handle, seed = None, Step(), step_seed(self.seed, number)
+        with seeded(seed, self._trained):
+            yield handle
+        if self._hyper is None:
+            raise UnsupportedTraining(
+                f"step {number} made no update: optimizer.step() must be called inside recorder.step(...)."
+            )
+        loss = None if handle.loss is None else float(handle.loss)
+        kept = None if weights is None else weights.detach().cpu().double()
+        record = StepRecord(ids, kept, self._hyper, seed, loss, None)
+        self._pending.append((record, witness(self._trained)))
+        self._versions = self._tensor_versions()
+        if before is not None:
+            self._check(before, number)
+        interval = self.schedule.interval(number + 1)
+        if interval is not None and (number + 1) % interval == 0:
+            self._store(last=False)
+
+    def finish(self) -> Trajectory:
+        """Write what is left and return the recorded run."""
+        self._hook.remove()
+        if self.steps_done:
+            self._store(last=True)
+        self._writer.close()
+        if self._folder is not None:
+            self._folder.write_manifest(self._manifest("complete"))
+        return self._trajectory
+
+    # ------------------------------------------------------------------ checks
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        number = self.steps_done
+        if self._hyper is not None:
+            raise UnsupportedTraining(
+                f"step {number} calls optimizer.step() twice; wrap each update in its own recorder.step(...)."
+            )
+        if not number:
+            refuse_hooks(self.model, optimizer, ours=1)
+            _refuse_scaler()
+        self._hyper = tuple(
+            self._rule.hyper_from_torch(group, optimizer.state[group["params"][0]] if group["params"] else {})
+            for group in optimizer.param_groups
+        )
+
+    def _is_checked(self, number: int) -> bool:
+        if self._check_every is not None:
+            return number % self._check_every == 0
+        return number <= 1 or (number & (number - 1) == 0 and number.bit_length() % 2 == 1)
+
+    def _check(self, before: TrainingState, number: int) -> None:
+        record = self._pending[-1][0]
+        trajectory = self._trajectory
+        probe = Trajectory(trajectory.update_map, trajectory.examples, [record], trajectory.checkpoints, self.schedule)
+        replayed = trajectory.update_map(before, probe.inputs(0))
+        happened = self._live_state(number + 1)
+        if replayed.equals(happened):
+            return
+        difference = replayed.relative_difference(happened)
+        if not difference <= trajectory.tolerance:
+            raise ReplayMismatch(
+                f"step {number} does not replay: parameters, optimizer slots or buffers differ by {difference:.1e} (relative; "
+                f"allowed: {trajectory.tolerance:.0e}). The loop did something that the record does not know. Compare the "
+                "task's losses with the loop's loss (same reduction: a mean over the batch); tell the recorder of gradient "
+                "clipping (clip_norm=) and of example weights (step(ids, weights=...)); move random augmentation and "
+                "regularisation terms into the task's losses."
+            )
+        trajectory.drift = max(trajectory.drift, difference)
+
+    def _tensor_versions(self) -> list[int]:
+        # torch counts in-place writes to each tensor; reading the counts costs next to nothing.
+        return [tensor._version for tensor in self._watched]
+
+    # ------------------------------------------------------------------ state and storage
+
+    @property
+    def _folder(self) -> RunFolder | None:
+        store = self._trajectory.checkpoints
+        return store if isinstance(store, RunFolder) else None
+
+    def _live_state(self, number: int) -> TrainingState:
+        """Return the state as the model and the optimizer hold it now (not a copy)."""
+        params = {name: leaf.detach() for name, leaf in self._trained.items()}
+        slots: dict[str, dict[str, Tensor]] = {}
+        for slot in self._rule.slots:
+            key = self._rule.torch_slots[slot]
+            found = {name: self.optimizer.state.get(self._params[name], {}).get(key) for name in params}
+            slots[slot] = {name: torch.zeros_like(params[name]) if leaf is None else leaf for name, leaf in found.items()}
+        buffers = {name: leaf.detach() for name, leaf in self.model.named_buffers()}
+        return TrainingState(params, slots, buffers, number)
+
+    def _settle(self) -> None:
+        """Move the numbers of the pending steps off the device and into the record."""
+        if not self._pending:
+            return
+        marks = torch.stack([mark for _, mark in self._pending]).tolist()
+        for (record, _), mark in zip(self._pending, marks, strict=True):
+            number = len(self._trajectory.records)
+            if mark - mark != 0 or (record.loss is not None and record.loss - record.loss != 0):
+                self._pending.clear()
+                raise NonFinite(
+                    f"training became non-finite at step {number} (loss {record.loss}). The steps before the last stored "
+                    "state are kept; lower the learning rate or clip gradients."
+                )
+            self._trajectory.records.append(
+                StepRecord(record.example_ids, record.weights, record.hyper, record.seed, record.loss, mark)
+            )
+        self._pending.clear()
+
+    def _store(self, last: bool) -> None:
+        self._settle()
+        trajectory, folder = self._trajectory, self._folder
+        state = self._live_state(len(trajectory.records)).clone()
+        if folder is None:
+            keep_checkpoint(trajectory.checkpoints, self.schedule, state, last)
+            return
+        first, records = len(self._chain), trajectory.records[len(self._chain) :]
+        chain = digests.chain(self._chain[-1] if self._chain else self._genesis, records)
+        self._chain += chain
+
+        def write() -> None:
+            if records:
+                folder.write_steps(first, records, chain, digests.state_digest(state))
+                keep_checkpoint(folder, self.schedule, state, last)
+
+        self._writer.submit(write)
+
+    def _begin(self) -> None:
+        state = self._live_state(0).clone()
+        if self._folder is None:
+            self._trajectory.checkpoints.save(state)
+            return
+        self._genesis = digests.genesis(self._trajectory.update_map, self._trajectory.examples, state)
+        self._initial = digests.state_digest(state)
+        self._folder.create(self._manifest("recording"), self._trajectory.examples, state)
+        self._folder.expect(0, self._initial)
+
+    def _continue(self) -> None:
+        folder, trajectory = self._folder, self._trajectory
+        assert folder is not None
+        folder.clean()
+        manifest = folder.manifest()
+        check_same_run(manifest, trajectory.update_map, trajectory.examples)
+        if manifest["seed"] != self.seed:
+            raise InputError(
+                f"this run was recorded with seed={manifest['seed']}; it cannot be continued with seed={self.seed}."
+            )
+        self._genesis, self._initial = manifest["genesis"], manifest["initial"]
+        last = folder.steps()[-1]
+        records = folder.read_steps(self._genesis)
+        folder.expect(0, self._initial)
+        if last > len(records):
+            raise CorruptRecord(f"{folder.path} stores the state of step {last} but records only {len(records)} steps.")
+        folder.drop_steps(last)
+        trajectory.records = records[:last]
+        self._chain = digests.chain(self._genesis, trajectory.records)
+        self._set_live_state(folder.load(last))
+        folder.write_manifest(self._manifest("recording"))
+
+    def _set_live_state(self, state: TrainingState) -> None:
+        with torch.no_grad():
+            for name, leaf in state.params.items():
+                self._params[name].copy_(leaf)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(state.buffers[name])
+        if state.step == 0:
+            return
+        hyper = self._trajectory.records[-1].hyper
+        for index, group in enumerate(self._groups):
+            for name in group:
+                parameter = self._params[name]
+                own: dict[str, Any] = {
+                    self._rule.torch_slots[slot]: leaves[name].to(parameter) for slot, leaves in state.slots.items()
+                }
+                if "step" in hyper[index]:
+                    own["step"] = torch.tensor(float(hyper[index]["step"]))
+                self.optimizer.state[parameter] = own
+
+    def _manifest(self, status: str) -> dict[str, Any]:
+        trajectory = self._trajectory
+        counterfactual = trajectory.counterfactual
+        return {
+            "format": FORMAT,
+            "versions": {"torch": str(torch.__version__), "python": sys.version.split()[0]},
+            **digests.description(trajectory.update_map),
+            "data": {"count": len(trajectory.examples), "root": trajectory.examples.root()},
+            "seed": self.seed,
+            "tolerance": trajectory.tolerance,
+            "counterfactual": [counterfactual.keep, counterfactual.removal, counterfactual.seeds],
+            "initial": self._initial,
+            "genesis": self._genesis,
+            "status": status,
+            "steps": len(trajectory.records),
+            "head": self._chain[-1] if self._chain else self._genesis,
+        }
+
+
+class _Writer:
+    """Writes in the background, in order; an error surfaces at the next call."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrograd-writer")
+        self._last: Future[None] | None = None
+
+    def submit(self, job: Any) -> None:
+        if self._last is not None:
+            self._last.result()  # at most one state waits in memory
+        self._last = self._pool.submit(job)
+
+    def close(self) -> None:
+        if self._last is not None:
+            self._last.result()
+        self._pool.shutdown()
+
+
+def step_seed(seed: int, number: int) -> int:
+    """Return the seed of one step's random numbers."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
+
+
+def check_same_run(manifest: dict[str, Any], update_map: UpdateMap, examples: Examples) -> None:
+    """Compare a manifest with the model, task, optimizer and data that are to go on with it.
+
+    Raises:
+        ModelChanged: model, task or optimizer differ, with what differs.
+        DataChanged: the data set differs.
+    """
+    for key, now in digests.description(update_map).items():
+        if manifest[key] != now:
+            raise ModelChanged(f"{key} is not what was recorded: {_difference(manifest[key], now)}.")
+    if manifest["data"]["count"] != len(examples):
+        raise DataChanged(f"the record has {manifest['data']['count']} examples, the data set given has {len(examples)}.")
+    if manifest["data"]["root"] != examples.root():
+        raise DataChanged(
+            "the contents or ids of the data set are not those that were recorded. `RUN/data.parquet` has the digest of each "
+            "example. A data set that is random (augmentation) cannot be recorded; move randomness into the task's losses."
+        )
+
+
+def _difference(recorded: Any, now: Any) -> str:
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        for key in sorted(set(recorded) | set(now)):
+            if recorded.get(key) != now.get(key):
+                return f"{key}: " + _difference(recorded.get(key), now.get(key))
+    return f"recorded {recorded!r}, given {now!r}"
+
+
+def refuse_hooks(model: nn.Module, optimizer: torch.optim.Optimizer, ours: int = 0) -> None:
+    """Refuse hooks that change gradients or parameters where a replay would not see them."""
+    found = [f"a gradient hook on parameter {name}" for name, leaf in model.named_parameters() if leaf._backward_hooks]
+    found += [
+        f"a post-accumulate hook on parameter {name}"
+        for name, leaf in model.named_parameters()
+        if getattr(leaf, "_post_accumulate_grad_hooks", None)
+    ]
+    found += [
+        f"a backward hook on module {name or '(the model)'}"
+        for name, module in model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    if len(optimizer._optimizer_step_pre_hooks) > ours or optimizer._optimizer_step_post_hooks:
+        found.append("a step hook on the optimizer")
+    if found:
+        raise UnsupportedHook(
+            f"the record cannot replay {', '.join(found[:3])}{' and others' if len(found) > 3 else ''}. Remove it, or write "
+            "what it does into the model or the task's losses. Global-norm clipping is supported: clip_norm=."
+        )
+
+
+def _refuse_scaler() -> None:
+    # A scaler may skip steps and leaves no trace on the optimizer; it is visible only as a caller of optimizer.step.
+    frame = sys._getframe(1)
+    for _ in range(12):
+        if frame is None:
+            return
+        if isinstance(frame.f_locals.get("self"), torch.amp.GradScaler):
+            raise UnsupportedScaler(
+                "a GradScaler calls optimizer.step(): it rescales gradients and skips steps, which the record does not hold. "
+                "Train in float32 or bfloat16 without a scaler."
+            )
+        frame = frame.f_back
+
+
+def _group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], ...]:
+    names = {id(leaf): name for name, leaf in model.named_parameters()}
+    groups = []
+    for index, group in enumerate(optimizer.param_groups):
+        unknown = sum(id(leaf) not in names for leaf in group["params"])
+        if unknown:
+            raise InputError(
+                f"group {index} of the optimizer has {unknown} tensors that are not parameters of the model. Everything "
+                "that is trained must be a parameter of the one module that is recorded; join several modules in an nn.ModuleDict."
+            )
+        groups.append(tuple(names[id(leaf)] for leaf in group["params"] if leaf.requires_grad))
+    if not any(groups):
+        raise InputError("the optimizer trains nothing: no group has a parameter that requires a gradient.")
+    return tuple(groups)

@@ -1,0 +1,64 @@
+"""The Jacobian of an elementwise update rule: a few numbers a coordinate, shared by all tangents and costates of a step."""
+
+import torch
+from torch import Tensor
+
+from retrograd.params import Params
+from retrograd.update_rules import Hyper, UpdateRule
+
+_Coefficient = Tensor | float
+Jacobian = dict[str, dict[str, _Coefficient]]
+
+
+def elementwise_jacobian(rule: UpdateRule, parameter: Tensor, slots: Params, gradient: Tensor, hyper: Hyper) -> Jacobian:
+    """Jacobian of an elementwise rule: for each output and input one coefficient a coordinate.
+
+    Because U acts on each coordinate alone, reversing it with ones gives ∂out/∂in of every coordinate at once. These few
+    numbers are computed once a step and shared by all queries. A coefficient that is the same everywhere becomes a
+    number, so that a multiplication by 1 or 0 is never carried out on ``[query, P]``.
+    """
+    inputs = {"parameter": parameter, **slots, "gradient": gradient}
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.items()}
+    with torch.enable_grad():
+        own = {slot: leaves[slot] for slot in slots}
+        new_parameter, new_slots = rule.apply(leaves["parameter"], own, leaves["gradient"], hyper)
+    jacobian: Jacobian = {}
+    for target, output in {"parameter": new_parameter, **new_slots}.items():
+        found = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output), True, allow_unused=True)
+        jacobian[target] = {source: _simplest(row) for source, row in zip(leaves, found, strict=True)}
+    return jacobian
+
+
+def _simplest(coefficients: Tensor | None) -> _Coefficient:
+    if coefficients is None:
+        return 0.0
+    first = coefficients.flatten()[0]
+    return first.item() if bool((coefficients == first).all()) else coefficients.detach()
+
+
+def combine(terms: list[tuple[_Coefficient, Tensor]], like: Tensor) -> Tensor:
+    """Σ coefficient · vector with as few passes over ``[query, P]`` as the coefficients allow; always fresh memory."""
+    terms = [term for term in terms if not _is(term[0], 0.0)]
+    terms.sort(key=lambda term: not _is(term[0], 1.0))
+    if not terms:
+        return torch.zeros_like(like)
+    (coefficient, vector), *rest = terms
+    if not _is(coefficient, 1.0):
+        total = vector * coefficient
+    elif rest:
+        total = _plus(vector, *rest.pop(0))
+    else:
+        total = vector.clone()
+    for coefficient, other in rest:
+        _plus(total, coefficient, other, out=total)
+    return total
+
+
+def _plus(total: Tensor, coefficient: _Coefficient, vector: Tensor, out: Tensor | None = None) -> Tensor:
+    if isinstance(coefficient, Tensor):
+        return torch.addcmul(total, coefficient, vector, out=out)
+    return torch.add(total, vector, alpha=coefficient, out=out)
+
+
+def _is(coefficient: _Coefficient, number: float) -> bool:
+    return isinstance(coefficient, float) and coefficient == number

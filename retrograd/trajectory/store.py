@@ -1,0 +1,255 @@
+"""The run folder: a record on disk that survives kill −9 and says so when a file was torn or altered.
+
+    RUN/run.json                          manifest: versions, model, task, optimizer, data root, status, chain head
+    RUN/data.parquet                      a row an example: id, content digest
+    RUN/steps.parquet/part-<first>.parquet  a row a step: example ids, weights, hyperparameters, seed, loss, witness,
+                                          digest of the chain, digest of the state after the step if it was stored
+    RUN/checkpoints/<step>.safetensors    parameters, optimizer slots, buffers
+
+Every file is written under a temporary name and renamed, so a file that has its name is whole. The steps up to a
+checkpoint are written before the checkpoint: what is on disk after a kill is always a shorter recording. Nothing is ever
+unpickled. ``steps.parquet`` is a folder of parts, as Spark writes it: polars, duckdb and pandas open it by that name.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrograd.errors import CorruptRecord, NotRecorded, RecordExists
+from retrograd.trajectory import digests
+from retrograd.trajectory.examples import Examples
+from retrograd.trajectory.state import TrainingState
+from retrograd.trajectory.trajectory import StepRecord
+
+FORMAT = 1
+_LARGEST_MANIFEST = 1 << 26  # bytes; a manifest is names and shapes, so more than this is not one
+_MANIFEST_KEYS = {
+    "format",
+    "versions",
+    "model",
+    "task",
+    "rule",
+    "groups",
+    "clip_norm",
+    "data",
+    "initial",
+    "genesis",
+    "status",
+    "steps",
+    "head",
+}
+
+
+class RunFolder:
+    """Reads and writes the files of one run. Also the run's store of checkpoints."""
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = Path(path)
+        self._expected: dict[int, str] = {}  # digest of each stored state, from the step rows
+
+    # ------------------------------------------------------------------ manifest and data
+
+    def exists(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.path / "run.json").is_file()
+
+    def create(self, manifest: dict[str, Any], examples: Examples, initial: TrainingState) -> None:
+        """Start a new run: the table of examples, the initial state, and last the manifest, which makes it a run."""
+        if self.exists():
+            raise RecordExists(f"{self.path} already holds a run. Give another folder, or continue it with resume=True.")
+        self.clean()
+        (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (self.path / "steps.parquet").mkdir(exist_ok=True)
+        self._write_data(examples)
+        self.save(initial)
+        self.write_manifest(manifest)
+
+    def write_manifest(self, manifest: dict[str, Any]) -> None:
+        """Write ``run.json``."""
+        text = json.dumps(manifest, indent=1)
+        _replace(self.path / "run.json", lambda temporary: temporary.write_text(text))
+
+    def manifest(self) -> dict[str, Any]:
+        """Read and check ``run.json``."""
+        file = self.path / "run.json"
+        if not file.is_file():
+            raise NotRecorded(f"{self.path} holds no run: there is no run.json in it.")
+        if file.stat().st_size > _LARGEST_MANIFEST:
+            raise CorruptRecord(f"{file} has {file.stat().st_size} bytes; a manifest has at most {_LARGEST_MANIFEST}.")
+        try:
+            manifest = json.loads(file.read_text())
+        except ValueError as error:
+            raise CorruptRecord(f"{file} is not JSON: {error}") from error
+        missing = _MANIFEST_KEYS - set(manifest) if isinstance(manifest, dict) else _MANIFEST_KEYS
+        if missing:
+            raise CorruptRecord(f"{file} lacks {sorted(missing)}.")
+        if manifest["format"] != FORMAT:
+            raise CorruptRecord(f"{file} has format {manifest['format']!r}; this version of retrograd reads format {FORMAT}.")
+        return manifest
+
+    def data_digests(self) -> tuple[list[int], list[bytes]]:
+        """Return ids and content digests of the recorded examples."""
+        table = _read_table(self.path / "data.parquet")
+        return table.column("id").to_pylist(), table.column("digest").to_pylist()
+
+    def _write_data(self, examples: Examples) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.table({"id": examples.ids.tolist(), "digest": pa.array(examples.digests(), pa.binary(32))})
+        _replace(self.path / "data.parquet", lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+    # ------------------------------------------------------------------ steps
+
+    def write_steps(self, first: int, records: list[StepRecord], chain: list[str], state_digest: str | None) -> None:
+        """Write the rows of steps ``first``, ``first + 1``, … as one part.
+
+        Args:
+            first: number of the first step.
+            records: the records of the steps.
+            chain: the chain's digests after each of them.
+            state_digest: digest of the state after the last of them, if that state is about to be stored.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = {
+            "step": pa.array(range(first, first + len(records)), pa.int64()),
+            "example_ids": pa.array([record.example_ids.tolist() for record in records], pa.list_(pa.int64())),
+            "weights": pa.array(
+                [None if record.weights is None else record.weights.tolist() for record in records], pa.list_(pa.float64())
+            ),
+            "hyper": pa.array([[dict(own) for own in record.hyper] for record in records]),
+            "seed": pa.array([record.seed for record in records], pa.int64()),
+            "loss": pa.array([record.loss for record in records], pa.float64()),
+            "witness": pa.array([record.witness for record in records], pa.float64()),
+            "digest": pa.array(chain, pa.string()),
+            "state_digest": pa.array([None] * (len(records) - 1) + [state_digest], pa.string()),
+        }
+        _replace(self._part(first), lambda temporary: pq.write_table(pa.table(columns), temporary, write_page_checksum=True))
+        if state_digest is not None:
+            self._expected[first + len(records)] = state_digest
+
+    def read_steps(self, genesis: str) -> list[StepRecord]:
+        """Read all steps and check the chain of digests from ``genesis`` on.
+
+        Raises:
+            CorruptRecord: a part is missing, torn or altered.
+        """
+        records: list[StepRecord] = []
+        previous = genesis
+        for part in self._parts():
+            rows = _read_table(part).to_pylist()
+            for row in rows:
+                if row["step"] != len(records):
+                    raise CorruptRecord(f"{part} begins at step {row['step']}, but the steps before it end at {len(records)}.")
+                weights = row["weights"]
+                record = StepRecord(
+                    torch.tensor(row["example_ids"], dtype=torch.int64),
+                    None if weights is None else torch.tensor(weights, dtype=torch.float64),
+                    tuple(row["hyper"]),
+                    row["seed"],
+                    row["loss"],
+                    row["witness"],
+                )
+                previous = digests.link(previous, record)
+                if previous != row["digest"]:
+                    raise CorruptRecord(f"step {row['step']} in {part} does not continue the chain of digests: it was altered.")
+                if row["state_digest"] is not None:
+                    self._expected[row["step"] + 1] = row["state_digest"]
+                records.append(record)
+        return records
+
+    def drop_steps(self, stop: int) -> None:
+        """Delete the parts that begin at step ``stop`` or later."""
+        for part in self._parts():
+            if int(part.stem.removeprefix("part-")) >= stop:
+                part.unlink()
+
+    def _part(self, first: int) -> Path:
+        return self.path / "steps.parquet" / f"part-{first:012d}.parquet"
+
+    def _parts(self) -> list[Path]:
+        return sorted((self.path / "steps.parquet").glob("part-*.parquet"))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def steps(self) -> list[int]:
+        """Return the steps whose states are stored, ascending."""
+        return sorted(int(file.stem) for file in (self.path / "checkpoints").glob("*.safetensors") if file.stem.isdigit())
+
+    def save(self, state: TrainingState) -> None:
+        """Store a state."""
+        from safetensors.torch import save_file
+
+        # One memory may stand behind two names (tied buffers); the file holds each name's values on its own.
+        tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in state.tensors().items()}
+        note = {"format": str(FORMAT), "step": str(state.step)}
+        _replace(self._checkpoint(state.step), lambda temporary: save_file(tensors, temporary, note))
+
+    def load(self, step: int) -> TrainingState:
+        """Read the state stored for ``step`` and compare it with its digest.
+
+        Raises:
+            NotRecorded: there is no such file.
+            CorruptRecord: it is torn or altered.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        file = self._checkpoint(step)
+        if not file.is_file():
+            raise NotRecorded(f"{file} is missing. Stored states: {', '.join(map(str, self.steps())) or 'none'}.")
+        try:
+            state = TrainingState.from_tensors(load_file(file), step)
+        except (SafetensorError, ValueError, OSError) as error:
+            raise CorruptRecord(f"{file} is torn: {error}") from error
+        if step in self._expected and digests.state_digest(state) != self._expected[step]:
+            raise CorruptRecord(f"{file} was altered: its content does not have the digest that was recorded for it.")
+        return state
+
+    def discard(self, step: int) -> None:
+        """Delete the state of ``step``."""
+        self._checkpoint(step).unlink()
+
+    def expect(self, step: int, digest: str) -> None:
+        """Remember the digest that the state of ``step`` must have."""
+        self._expected[step] = digest
+
+    def clean(self) -> None:
+        """Delete temporary files that a killed process left."""
+        for torn in self.path.glob("**/*.tmp"):
+            torn.unlink()
+
+    def _checkpoint(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"{step:012d}.safetensors"
+
+
+def _replace(file: Path, write: Callable[[Path], object]) -> None:
+    """Write ``file`` under a temporary name and rename it: it appears whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def _read_table(file: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        raise CorruptRecord(f"{file} is missing.")
+    try:
+        # A part must be read as the one file it is: as a data set, the folder's name would be parsed for partitions.
+        return pq.ParquetFile(file, page_checksum_verification=True).read()
+    except (pa.ArrowException, OSError) as error:
+        raise CorruptRecord(f"{file} is torn: {error}") from error

@@ -1,0 +1,383 @@
+"""A recorded training run: the sequence of update maps, walked forward or backward from a few stored states."""
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from retrograd.errors import InputError, NonFinite, NotRecorded, ReplayDrift, ReplayMismatch
+from retrograd.progress import track
+from retrograd.trajectory import digests
+from retrograd.trajectory.counterfactual import Counterfactual
+from retrograd.trajectory.examples import Examples
+from retrograd.trajectory.schedule import Schedule, reverse
+from retrograd.trajectory.state import StepInputs, TrainingState, map_batch
+from retrograd.trajectory.update_map import UpdateMap
+from retrograd.update_rules import Hyper
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What is recorded of one step.
+
+    Attributes:
+        example_ids: ids of the batch, shape ``[B]`` int64.
+        weights: example weights, shape ``[B]`` float64, or None for all ones.
+        hyper: hyperparameters of each parameter group.
+        seed: seed of the step's random numbers.
+        loss: the loss before the step, if known.
+        witness: a cheap fingerprint of the parameters after the step (see `witness`).
+    """
+
+    example_ids: Int[Tensor, " batch"]
+    weights: Float[Tensor, " batch"] | None
+    hyper: tuple[Hyper, ...]
+    seed: int
+    loss: float | None
+    witness: float | None
+
+
+def witness(params: Mapping[str, Tensor]) -> Tensor:
+    """Sum the smallest parameter in float64: one number a step by which a replay notices the first step that differs.
+
+    A change of any parameter moves every gradient of the next step, so one small tensor is enough to see it.
+    """
+    return min(params.values(), key=Tensor.numel).detach().sum(dtype=torch.float64)
+
+
+@runtime_checkable
+class Run(Protocol):
+    """What every method can ask of a run, replayable or not."""
+
+    update_map: UpdateMap
+    examples: Examples
+    counterfactual: Counterfactual
+
+    def __len__(self) -> int:
+        """Return the number of steps."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything that went into the run."""
+        ...
+
+    @property
+    def final_state(self) -> TrainingState:
+        """The state after the last step."""
+        ...
+
+    def state(self, step: int) -> TrainingState:
+        """Return the state before ``step``."""
+        ...
+
+    def spread(self, count: int) -> list[int]:
+        """Return ``count`` checkpoints spread over the run."""
+        ...
+
+    def exposure(self, steps: Sequence[int]) -> Float[Tensor, "checkpoint example"]:
+        """Learning rate over batch size, summed over each example's visits nearest to each checkpoint."""
+        ...
+
+    def step_size(self, state: TrainingState, name: str) -> Tensor | float:
+        """Return −dθ/dg of a parameter for a learning rate of 1."""
+        ...
+
+    def matching(self, counterfactual: Counterfactual) -> "Run":
+        """Return the run at which to linearise for this counterfactual."""
+        ...
+
+
+@runtime_checkable
+class Checkpoints(Protocol):
+    """Stored states, in memory or in a run folder."""
+
+    def steps(self) -> list[int]:
+        """Return the steps whose states are stored, ascending."""
+        ...
+
+    def load(self, step: int) -> TrainingState:
+        """Return the state stored for ``step``."""
+        ...
+
+    def save(self, state: TrainingState) -> None:
+        """Store a state; the caller does not change it afterwards."""
+        ...
+
+    def discard(self, step: int) -> None:
+        """Forget the state of ``step``."""
+        ...
+
+
+class MemoryCheckpoints:
+    """States kept in memory."""
+
+    def __init__(self) -> None:
+        self._states: dict[int, TrainingState] = {}
+
+    def steps(self) -> list[int]:
+        """Return the steps whose states are stored, ascending."""
+        return sorted(self._states)
+
+    def load(self, step: int) -> TrainingState:
+        """Return the state stored for ``step``."""
+        return self._states[step]
+
+    def save(self, state: TrainingState) -> None:
+        """Store a state."""
+        self._states[state.step] = state
+
+    def discard(self, step: int) -> None:
+        """Forget the state of ``step``."""
+        del self._states[step]
+
+
+def keep_checkpoint(checkpoints: Checkpoints, schedule: Schedule, state: TrainingState, last: bool = False) -> None:
+    """Store ``state`` if the schedule keeps it (or if it is the ``last``), and forget what the schedule no longer keeps."""
+    interval = schedule.interval(state.step)
+    if not last and state.step > 0 and (interval is None or state.step % interval):
+        return
+    checkpoints.save(state)
+    for step in checkpoints.steps():
+        if 0 < step < state.step and (interval is None or step % interval):
+            checkpoints.discard(step)
+
+
+class Trajectory:
+    """A recorded run. Made by `record`, `Recorder` or `open_run`; every question is asked of it.
+
+    Attributes:
+        update_map: Φ.
+        examples: the training examples.
+        records: one `StepRecord` for each step.
+        checkpoints: the stored states.
+        schedule: how many states a replay may hold.
+        tolerance: largest relative difference at which a replay still counts as the same run; 0 asks for equal bits.
+        counterfactual: the change of the data that this run is the right place to linearise for.
+        parents: runs whose outcome this run started from.
+    """
+
+    def __init__(
+        self,
+        update_map: UpdateMap,
+        examples: Examples,
+        records: Sequence[StepRecord],
+        checkpoints: Checkpoints,
+        schedule: Schedule,
+        *,
+        tolerance: float = 1e-4,
+        counterfactual: Counterfactual | None = None,
+        parents: "Sequence[Trajectory]" = (),
+    ):
+        self.update_map, self.examples, self.records = update_map, examples, list(records)
+        self.checkpoints, self.schedule, self.tolerance = checkpoints, schedule, tolerance
+        self.counterfactual = counterfactual or Counterfactual()
+        self.parents = tuple(parents)
+        self.drift = 0.0  # largest relative difference that a replay of this run has shown so far
+
+    def __len__(self) -> int:
+        """Return the number of steps T."""
+        return len(self.records)
+
+    def __repr__(self) -> str:
+        """Say what was recorded, on one line."""
+        return (
+            f"<Trajectory of {len(self)} steps, {type(self.update_map.rule).__name__}, {len(self.examples)} examples, "
+            f"{len(self.checkpoints.steps())} stored states>"
+        )
+
+    @cached_property
+    def digest(self) -> str:
+        """Head of the chain of digests over everything that went into the run."""
+        return digests.chain(self.genesis(), self.records)[-1] if self.records else self.genesis()
+
+    def genesis(self) -> str:
+        """Digest of what was there before the first step: model, task, optimizer, data and the initial state."""
+        return digests.genesis(self.update_map, self.examples, self.checkpoints.load(0))
+
+    # ------------------------------------------------------------------ walking
+
+    def inputs(self, step: int) -> StepInputs:
+        """Return the inputs u_t of a step, with the batch read from the data set."""
+        if not 0 <= step < len(self):
+            raise NotRecorded(f"step {step} is not recorded. Recorded steps: 0 to {len(self) - 1}.")
+        record = self.records[step]
+        batch = to_device(self.examples.batch(record.example_ids), self.device)
+        return StepInputs(record.example_ids, record.weights, record.hyper, batch, record.seed)
+
+    def state(self, step: int) -> TrainingState:
+        """Return the state s_t before step ``t``, 0 ≤ t ≤ T, replayed from the nearest stored state before it."""
+        if not 0 <= step <= len(self):
+            raise NotRecorded(f"there is no state {step}. A run of {len(self)} steps has states 0 to {len(self)}.")
+        base = max(stored for stored in self.checkpoints.steps() if stored <= step)
+        state = self._load(base)
+        for current in range(base, step):
+            state = self.advance(state, current)
+        return state
+
+    def advance(self, state: TrainingState, step: int) -> TrainingState:
+        """Replay one step and compare with what was recorded of it.
+
+        Raises:
+            ReplayMismatch: the replay is further from the record than `tolerance`.
+        """
+        after = self.update_map(state, self.inputs(step))
+        expected = self.records[step].witness
+        if expected is not None:
+            self._compare(after, expected, step)
+        return after
+
+    def reverse(self, last: int | None = None) -> Iterator[tuple[int, TrainingState, StepInputs]]:
+        """Yield ``(t, s_t, u_t)`` for t = T−1 … 0, or only for the ``last`` so many steps."""
+        stop, lowest = len(self), 0 if last is None else max(len(self) - last, 0)
+        for base in reversed(self.checkpoints.steps()):
+            if base >= stop:
+                continue
+            first = self._load(base)
+            slots = self.schedule.slots(first.nbytes())
+            for step, state in reverse(first, base, stop, self.advance, slots):
+                if step < lowest:
+                    return
+                yield step, state, self.inputs(step)
+            stop = base
+
+    @property
+    def final_state(self) -> TrainingState:
+        """The state after the last step."""
+        return self.state(len(self))
+
+    def measurements(self, batch: Any) -> Float[Tensor, " query"]:
+        """Evaluate the task's measurements on ``batch`` at the end of the run."""
+        return self.update_map.measurements(self.final_state, to_device(batch, self.device)).detach()
+
+    # ------------------------------------------------------------------ what the steps add up to
+
+    def spread(self, count: int) -> list[int]:
+        """Return the middles of ``count`` equal stretches of the run, as steps."""
+        return [(2 * index + 1) * len(self) // (2 * count) for index in range(count)]
+
+    def exposure(self, steps: Sequence[int]) -> Float[Tensor, "checkpoint example"]:
+        """Learning rate over batch size, summed over the visits of each example that are nearest to each checkpoint.
+
+        The learning rate is that of the first parameter group; `step_size` has the others' share.
+        """
+        stops = [(left + right + 1) // 2 for left, right in pairwise(steps)] + [len(self)]
+        exposure = torch.zeros(len(steps), len(self.examples), dtype=torch.float64)
+        window = 0
+        for step, record in enumerate(self.records):
+            while step >= stops[window]:
+                window += 1
+            visits = torch.full(record.example_ids.shape, float(record.hyper[0]["learning_rate"]) / len(record.example_ids))
+            exposure[window].index_add_(0, self.examples.rows(record.example_ids), visits.double())
+        return exposure
+
+    def step_size(self, state: TrainingState, name: str) -> Tensor | float:
+        """Return −dθ/dg of the parameter ``name`` at ``state``, for a learning rate of 1 in the first group."""
+        # The preconditioner that a gradient meets is the one after its step; before the first step there is none yet.
+        after = state if state.step else self.state(1)
+        hyper = self.records[after.step - 1].hyper
+        own = hyper[self.update_map.group_of(name)]
+        slots = {slot: after.slots[slot][name] for slot in self.update_map.rule.slots}
+        return self.update_map.rule.step_size(slots, own) / hyper[0]["learning_rate"]
+
+    # ------------------------------------------------------------------ running again
+
+    def rerun(
+        self,
+        *,
+        weights: Float[Tensor, " example"] | None = None,
+        learning_rate_scale: float = 1.0,
+        initial: TrainingState | None = None,
+        schedule: Schedule | None = None,
+        counterfactual: Counterfactual | None = None,
+    ) -> "Trajectory":
+        """Train again from the same start, on the same batches and random numbers, with other inputs.
+
+        Args:
+            weights: factor on each example's recorded weight, in the order of ``examples.ids``.
+            learning_rate_scale: factor on every learning rate.
+            initial: another initial state.
+            schedule: which states to keep, in memory; that of this run if not given.
+            counterfactual: what the new run is the linearisation point of.
+        """
+        schedule = schedule or self.schedule
+        checkpoints = MemoryCheckpoints()
+        state = self._load(0) if initial is None else replace(initial, step=0)
+        if weights is not None and weights.shape != (len(self.examples),):
+            raise InputError(
+                f"weights must have one entry an example, shape ({len(self.examples)},), got {tuple(weights.shape)}."
+            )
+        rerun = Trajectory(
+            self.update_map, self.examples, [], checkpoints, schedule, counterfactual=counterfactual, parents=self.parents
+        )
+        keep_checkpoint(checkpoints, schedule, state)
+        for step in track(range(len(self)), "training again"):
+            record = self.records[step]
+            if weights is not None:
+                factor = weights[self.examples.rows(record.example_ids)].double()
+                record = replace(record, weights=factor if record.weights is None else record.weights * factor)
+            if learning_rate_scale != 1.0:
+                hyper = tuple({**own, "learning_rate": own["learning_rate"] * learning_rate_scale} for own in record.hyper)
+                record = replace(record, hyper=hyper)
+            rerun.records.append(replace(record, loss=None, witness=None))
+            state = self.update_map(state, rerun.inputs(step))
+            mark = witness(state.params).item()
+            if mark - mark != 0:
+                raise NonFinite(f"training again became non-finite at step {step}; use smaller changes.")
+            rerun.records[step] = replace(rerun.records[step], witness=mark)
+            keep_checkpoint(checkpoints, schedule, state, last=step + 1 == len(self))
+        return rerun
+
+    def matching(self, counterfactual: Counterfactual) -> "Trajectory":
+        """Return the run at which to linearise for this counterfactual: this run, or one of matched training time.
+
+        Raises:
+            InputError: this run is already matched to another counterfactual.
+        """
+        if counterfactual == self.counterfactual or counterfactual.keep == self.counterfactual.keep == 1.0:
+            return self
+        if self.counterfactual.keep != 1.0:
+            raise InputError(
+                f"this run was recorded for {self.counterfactual}; it cannot stand for {counterfactual}. Record a run with "
+                "keep=1 and let each question choose, or ask for the counterfactual that the run was recorded for."
+            )
+        scale, weight = counterfactual.matched_inputs()
+        weights = None if weight == 1.0 else torch.full((len(self.examples),), weight, dtype=torch.float64)
+        return self.rerun(weights=weights, learning_rate_scale=scale, counterfactual=counterfactual)
+
+    # ------------------------------------------------------------------ inside
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives, and so every replay."""
+        return next(self.update_map.model.parameters()).device
+
+    def _load(self, step: int) -> TrainingState:
+        return self.checkpoints.load(step).map(lambda leaf: leaf.to(self.device))
+
+    def _compare(self, after: TrainingState, expected: float, step: int) -> None:
+        found = witness(after.params).item()
+        if found == expected:
+            return
+        scale = min(after.params.values(), key=Tensor.numel).abs().sum(dtype=torch.float64).item()
+        difference = abs(found - expected) / max(scale, torch.finfo(torch.float64).tiny)
+        if not difference <= self.tolerance:
+            raise ReplayMismatch(
+                f"replaying step {step} gives parameters that differ from the recorded ones by {difference:.1e} (relative; "
+                f"allowed: {self.tolerance:.0e}). Either the loop did something at this step that the record does not know, "
+                "or the replay runs on other hardware or another torch: then raise the run's tolerance."
+            )
+        if self.drift == 0.0:
+            warnings.warn(f"replays of this run are not bit for bit: step {step} differs by {difference:.1e}.", ReplayDrift, 3)
+        self.drift = max(self.drift, difference)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to ``device``."""
+    return batch if device.type == "cpu" else map_batch(lambda leaf: leaf.to(device), batch)

@@ -1,0 +1,439 @@
+"""The update map of one training step, s_{t+1} = Φ(s_t, u_t), and its Jacobian products.
+
+One step, with U the optimizer (elementwise) and c the clipping of the gradient's global norm:
+
+    g   = ∇_θ L,   L = Σ_i w_i ℓ_i(θ, b) / B          the batch gradient, b = buffers
+    g'  = c(g) = min(1, c / (‖g‖ + 1e-6)) · g
+    (θ', o') = U(θ, o, g', h)                           o = optimizer slots, h = hyperparameters
+    b'  = what the forward pass leaves in the buffers
+
+**Pullback** of costates (λ_θ', λ_o', λ_b') with A = ∂s'/∂s:
+
+    1. (λ_θ', λ_o') → (a_θ, λ_o, γ')    by U's Jacobian, which is a few numbers a coordinate (see `elementwise_jacobian`)
+    2. γ = cᵀ γ' = s γ' − s / (‖g‖ + 1e-6) · ⟨g, γ'⟩ g / ‖g‖  when clipping is active, else γ'
+    3. one reverse pass over  ψ = ⟨g(θ, b, w), γ⟩ + ⟨b'(θ, b), λ_b'⟩  gives
+           λ_θ = a_θ + ∂ψ/∂θ (the Hessian product),   λ_b = ∂ψ/∂b,   ∂ψ/∂w_i = ⟨∇ℓ_i, γ⟩ / B
+
+The last is the score of example i at this step: no per-example gradient is formed. The graph of g is built once and
+shared by all costates; only the reverse pass is repeated, either for all of them at once (route ``"batched"``) or one
+after the other (route ``"loop"``).
+
+Assumptions: the loss can be differentiated twice. Where it cannot (ReLU at 0, ties of max-pooling, √v at v = 0)
+autograd's one-sided choice is taken. Cost: building the graph about 1.5 plain training steps a batch of costates, then
+1.3 to 2 a costate where compute binds, less where the plain step is bound by overhead. Memory: activations of one
+batch, times up to 64 costates on the batched route.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from retrograd.errors import InputError, NonFinite, NoSecondDerivative
+from retrograd.params import Params, Slots, batched_inner
+from retrograd.task import BoundModel, CoupledTask, Task, weighted_loss
+from retrograd.trajectory.kernels import twice_differentiable
+from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian
+from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState, map_batch
+from retrograd.update_rules import Hyper, UpdateRule
+
+Route = Literal["batched", "loop"]
+_BATCHED_AT_ONCE = (
+    64  # costates reversed together: enough to drown the overhead, few enough for their activations to stay in cache
+)
+_CLIP_GUARD = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
+
+
+@dataclass(frozen=True)
+class Pullback:
+    """What one step of the adjoint gives: costates of s_t, and the scores ∂⟨λ, s_{t+1}⟩/∂w of the batch, ``[query, batch]``."""
+
+    costates: StateVectors
+    scores: Float[Tensor, "query batch"]
+
+
+class UpdateMap:
+    """Φ: one training step as a pure function of state and inputs, with pushforward and pullback.
+
+    Args:
+        model: the user's module. Its own parameters are never touched by this class.
+        task: what is trained.
+        rule: the optimizer's update rule.
+        groups: names of the parameters of each optimizer group; together all trainable parameters.
+        clip_norm: the global norm to which gradients are clipped, or None.
+        evaluation_modules: names of submodules that stay in evaluation mode during training (frozen batch norm).
+
+    >>> from retrograd.task import Regression
+    >>> from retrograd.update_rules import SGD
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> step = UpdateMap(model, Regression(), SGD(), groups=(("weight",),))
+    >>> state = TrainingState({"weight": torch.tensor([[1.0]])}, {}, {}, 0)
+    >>> batch = (torch.tensor([[1.0]]), torch.tensor([[3.0]]))
+    >>> hyper = {"learning_rate": 0.25, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}
+    >>> inputs = StepInputs(torch.tensor([0]), None, (hyper,), batch, seed=0)
+    >>> step(state, inputs).params["weight"].item()               # 1 - 0.25 * 2 * (1 - 3)
+    2.0
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task | CoupledTask,
+        rule: UpdateRule,
+        groups: Sequence[Sequence[str]],
+        clip_norm: float | None = None,
+        evaluation_modules: Sequence[str] = (),
+    ):
+        self.model, self.task, self.rule, self.clip_norm = model, task, rule, clip_norm
+        self.groups = tuple(tuple(group) for group in groups)
+        self.evaluation_modules = tuple(evaluation_modules)
+        self._group_of = {name: index for index, group in enumerate(self.groups) for name in group}
+        self._bound = BoundModel(model)
+        self._used: frozenset[str] | None = None  # parameters that get a gradient at all
+
+    # ------------------------------------------------------------------ the map itself
+
+    def __call__(self, state: TrainingState, inputs: StepInputs) -> TrainingState:
+        """Return s_{t+1}; bit for bit what an ordinary loop of torch gives on the same machine."""
+        params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
+        buffers = {name: leaf.detach().clone() for name, leaf in state.buffers.items()}
+        loss = self._loss(params, buffers, inputs, inputs.weights)
+        names = list(params)
+        found = torch.autograd.grad(loss, [params[name] for name in names], allow_unused=True)
+        grads = {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+        with torch.no_grad():
+            params, slots = self.update(state.params, state.slots, self._clip(grads), inputs.hyper)
+        return TrainingState(params, slots, {name: leaf.detach() for name, leaf in buffers.items()}, state.step + 1)
+
+    def many(
+        self, states: TrainingState, inputs: StepInputs, weights: Float[Tensor, "model batch"], own_batches: bool = False
+    ) -> TrainingState:
+        """Make the same step with many models at once: every tensor of ``states`` has a leading axis ``model``.
+
+        Args:
+            states: one state for each model.
+            inputs: the inputs of the step; its random numbers are shared by all models.
+            weights: example weights of each model.
+            own_batches: the batch's tensors have a leading axis ``model``, too, instead of being shared.
+        """
+        if self._used is None:
+            one = states.map(lambda leaf: leaf[0])
+            batch = map_batch(lambda leaf: leaf[0], inputs.batch) if own_batches else inputs.batch
+            self._used = frozenset(_StepGraph(self, one, replace(inputs, batch=batch, weights=weights[0])).grads)
+        used = self._used
+
+        def step(params: Params, slots: Slots, buffers: Params, weights: Tensor, batch: object) -> tuple[Params, Slots, Params]:
+            def loss(params: Params) -> tuple[Tensor, Params]:
+                written = {name: leaf.clone() for name, leaf in buffers.items()}
+                return self._loss(params, written, replace(inputs, batch=batch), weights), written
+
+            grads, written = torch.func.grad(loss, has_aux=True)(params)
+            grads = self._clip({name: leaf for name, leaf in grads.items() if name in used})
+            return *self.update(params, slots, grads, inputs.hyper), written
+
+        axes = (0, 0, 0, 0, 0 if own_batches else None)
+        stepped = torch.func.vmap(step, axes, randomness="same")
+        return TrainingState(*stepped(states.params, states.slots, states.buffers, weights, inputs.batch), states.step + 1)
+
+    def update(self, params: Params, slots: Slots, grads: Params, hyper: tuple[Hyper, ...]) -> tuple[Params, Slots]:
+        """Apply the update rule U. A parameter without gradient stays as it is, as in torch."""
+        new_params, new_slots = dict(params), {slot: dict(leaves) for slot, leaves in slots.items()}
+        for name, grad in grads.items():
+            own = {slot: slots[slot][name] for slot in self.rule.slots}
+            new_params[name], changed = self.rule.apply(params[name], own, grad, hyper[self._group_of[name]])
+            for slot, leaf in changed.items():
+                new_slots[slot][name] = leaf
+        return new_params, new_slots
+
+    def group_of(self, name: str) -> int:
+        """Return the index of the optimizer group that a parameter belongs to."""
+        return self._group_of[name]
+
+    def measurements(self, state: TrainingState, batch: object) -> Float[Tensor, " query"]:
+        """Evaluate the task's measurements at ``state``, in evaluation mode; differentiable in the state's tensors."""
+        with self._evaluation_mode(), torch.enable_grad():
+            return self._bound(self.task.measurements, {**state.params, **state.buffers}, batch)
+
+    def losses(self, state: TrainingState, batch: object) -> Float[Tensor, " batch"]:
+        """Per-example losses at ``state``, in evaluation mode; differentiable in the state's tensors."""
+        if isinstance(self.task, CoupledTask):
+            raise InputError(f"{type(self.task).__name__} couples the examples of a batch: it has no per-example losses.")
+        with self._evaluation_mode(), torch.enable_grad():
+            return self._bound(self.task.losses, {**state.params, **state.buffers}, batch)
+
+    # ------------------------------------------------------------------ its Jacobian products
+
+    def pullback(self, state: TrainingState, inputs: StepInputs, costates: StateVectors, route: Route = "batched") -> Pullback:
+        """Pull costates of s_{t+1} back to s_t: ``Aᵀ λ``, and the scores ``⟨λ, ∂Φ/∂w_i⟩`` of the batch's examples.
+
+        Args:
+            state: s_t.
+            inputs: u_t.
+            costates: λ_{t+1}, a leading axis ``query`` on every leaf.
+            route: ``"batched"`` reverses all costates at once, ``"loop"`` one after the other.
+
+        Raises:
+            NoSecondDerivative: a kernel of the model can be differentiated only once.
+        """
+        graph = _StepGraph(self, state, inputs)
+        carried, gamma = self._pull_through_rule(state, inputs, costates, graph.grads)
+        written = [name for name in costates.buffers if name in graph.written]
+        outputs = [*graph.grads.values(), *(graph.buffers_out[name] for name in written)]
+        cotangents = [*gamma.values(), *(costates.buffers[name] for name in written)]
+        sources = {**graph.params, **{f"buffers/{name}": graph.buffers_in[name] for name in costates.buffers}}
+        found = _reverse(outputs, [*sources.values(), graph.weights], cotangents, route)
+        products = dict(zip(sources, found, strict=False))
+        scores = found[-1]
+        if scores is None:
+            raise InputError(f"the loss of {type(self.task).__name__} does not depend on the example weights it is given.")
+        for name, direct in carried.params.items():
+            product = products[name]
+            carried.params[name] = direct if product is None else direct.add_(product)
+        for name, direct in carried.buffers.items():
+            product = products[f"buffers/{name}"]
+            # A buffer that the step writes gets all of its costate from the reverse pass, any other keeps what it had.
+            kept = torch.zeros_like(direct) if name in written else direct
+            carried.buffers[name] = kept if product is None else kept + product
+        return Pullback(carried, scores)
+
+    def pushforward(
+        self,
+        state: TrainingState,
+        inputs: StepInputs,
+        tangents: StateVectors,
+        weight_tangents: Float[Tensor, "tangent batch"] | None = None,
+    ) -> StateVectors:
+        """Push tangents of s_t (and of the example weights) forward to s_{t+1}: ``A δ + B v``.
+
+        Args:
+            state: s_t.
+            inputs: u_t.
+            tangents: δ_t, a leading axis ``tangent`` on every leaf.
+            weight_tangents: v, the direction in which the example weights of this batch move.
+        """
+        ones = torch.ones(len(inputs.example_ids), dtype=_dtype(state.params))
+        weights = ones if inputs.weights is None else inputs.weights.to(ones)
+        moves = weights.new_zeros(len(tangents), len(weights)) if weight_tangents is None else weight_tangents.to(weights)
+
+        def gradient(params: Params, buffers: Params, weights: Tensor) -> tuple[Params, Params]:
+            def loss(params: Params) -> tuple[Tensor, Params]:
+                written = {name: leaf.clone() for name, leaf in {**state.buffers, **buffers}.items()}
+                with twice_differentiable(convolutions=False):
+                    value = self._loss(params, written, inputs, weights)
+                return value, {name: written[name] for name in buffers}
+
+            return torch.func.grad(loss, has_aux=True)(params)
+
+        def push(params: Params, buffers: Params, weights: Tensor) -> tuple[Params, Params]:
+            moving = {name: state.buffers[name] for name in buffers}
+            primals = (state.params, moving, weights_now)
+            return torch.func.jvp(gradient, primals, (params, buffers, weights))[1]
+
+        weights_now = weights
+        grad_tangents, buffer_tangents = torch.func.vmap(push, randomness="same")(tangents.params, tangents.buffers, moves)
+        used = _StepGraph(self, state, inputs).grads
+        grads = {name: leaf.detach() for name, leaf in used.items()}
+        return self._push_through_rule(state, inputs, tangents, grads, grad_tangents, buffer_tangents)
+
+    # ------------------------------------------------------------------ the rule's and the clipping's share
+
+    def _pull_through_rule(
+        self, state: TrainingState, inputs: StepInputs, costates: StateVectors, grads: Params
+    ) -> tuple[StateVectors, Params]:
+        """Pull back through U and the clipping: (λ_θ', λ_o') → (a_θ, λ_o) and γ."""
+        raw = {name: leaf.detach() for name, leaf in grads.items()}
+        clipped = self._clip(raw)
+        params, slots, gamma = {}, {slot: {} for slot in self.rule.slots}, {}
+        for name in state.params:
+            outgoing = {"parameter": costates.params[name]}
+            outgoing |= {slot: costates.slots[slot][name] for slot in self.rule.slots if slot in costates.slots}
+            if name not in raw:
+                params[name] = outgoing.pop("parameter").clone()
+                for slot in self.rule.slots:
+                    slots[slot][name] = outgoing.get(slot, torch.zeros_like(params[name]))
+                continue
+            jacobian = self._rule_jacobian(name, state, clipped, inputs)
+            pulled = {
+                source: combine(
+                    [(jacobian[target][source], vector) for target, vector in outgoing.items()], costates.params[name]
+                )
+                for source in ("parameter", *self.rule.slots, "gradient")
+            }
+            params[name], gamma[name] = pulled["parameter"], pulled["gradient"]
+            for slot in self.rule.slots:
+                slots[slot][name] = pulled[slot]
+        return StateVectors(params, slots, dict(costates.buffers)), self._clip_derivative(raw, gamma)
+
+    def _push_through_rule(
+        self,
+        state: TrainingState,
+        inputs: StepInputs,
+        tangents: StateVectors,
+        grads: Params,
+        grad_tangents: Params,
+        buffer_tangents: Params,
+    ) -> StateVectors:
+        moved = self._clip_derivative(grads, {name: grad_tangents[name] for name in grads})
+        clipped = self._clip(grads)
+        params, slots = dict(tangents.params), {slot: dict(leaves) for slot, leaves in tangents.slots.items()}
+        for name in grads:
+            incoming = {"parameter": tangents.params[name], "gradient": moved[name]}
+            incoming |= {slot: tangents.slots[slot][name] for slot in self.rule.slots if slot in tangents.slots}
+            jacobian = self._rule_jacobian(name, state, clipped, inputs)
+            pushed = {
+                target: combine([(row[source], vector) for source, vector in incoming.items()], tangents.params[name])
+                for target, row in jacobian.items()
+            }
+            params[name] = pushed["parameter"]
+            for slot in self.rule.slots:
+                slots.setdefault(slot, {})[name] = pushed[slot]
+        return StateVectors(params, slots, buffer_tangents)
+
+    def _rule_jacobian(self, name: str, state: TrainingState, clipped: Params, inputs: StepInputs) -> Jacobian:
+        own = {slot: state.slots[slot][name] for slot in self.rule.slots}
+        hyper = inputs.hyper[self._group_of[name]]
+        return elementwise_jacobian(self.rule, state.params[name], own, clipped[name], hyper)
+
+    def _clip(self, grads: Params) -> Params:
+        if self.clip_norm is None or not grads:
+            return grads
+        scale = torch.clamp(self.clip_norm / (_global_norm(grads) + _CLIP_GUARD), max=1.0)
+        return {name: leaf * scale for name, leaf in grads.items()}
+
+    def _clip_derivative(self, grads: Params, vectors: Params) -> Params:
+        """Multiply by ∂g'/∂g, which is symmetric: the same product serves tangents and costates."""
+        if self.clip_norm is None or not grads:
+            return vectors
+        norm = _global_norm(grads)
+        scale = self.clip_norm / (norm + _CLIP_GUARD)
+        if scale >= 1:
+            return vectors
+        along = batched_inner(vectors, grads) * (scale / (norm * (norm + _CLIP_GUARD)))
+        return {name: scale * leaf - along.view(-1, *[1] * grads[name].dim()) * grads[name] for name, leaf in vectors.items()}
+
+    # ------------------------------------------------------------------ running the user's code
+
+    def _loss(self, params: Params, buffers: Params, inputs: StepInputs, weights: Tensor | None) -> Tensor:
+        """Evaluate the loss of the step in training mode, with its own random numbers; ``buffers`` is written to."""
+        tensors = {**params, **buffers}
+
+        def loss(model: nn.Module) -> Tensor:
+            return weighted_loss(self.task, model, inputs.batch, weights, len(inputs.example_ids))
+
+        with self._training_mode(), torch.enable_grad(), seeded(inputs.seed, params):
+            value = self._bound(loss, tensors)
+        for name in buffers:
+            buffers[name] = tensors[name]
+        return value
+
+    @contextmanager
+    def _training_mode(self) -> Iterator[None]:
+        with _keeping_modes(self.model):
+            self.model.train()
+            for name in self.evaluation_modules:
+                self.model.get_submodule(name).training = False
+            yield
+
+    @contextmanager
+    def _evaluation_mode(self) -> Iterator[None]:
+        with _keeping_modes(self.model):
+            self.model.eval()
+            yield
+
+
+class _StepGraph:
+    """The graph of the batch gradient at one state, to be reversed once for every costate."""
+
+    def __init__(self, update_map: UpdateMap, state: TrainingState, inputs: StepInputs):
+        self.params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
+        self.buffers_in = {name: leaf.detach().requires_grad_(leaf.is_floating_point()) for name, leaf in state.buffers.items()}
+        self.buffers_out = {name: leaf.clone() for name, leaf in self.buffers_in.items()}
+        copies = dict(self.buffers_out)
+        dtype = _dtype(state.params)
+        size = len(inputs.example_ids)
+        given = torch.ones(size, dtype=dtype) if inputs.weights is None else inputs.weights.to(dtype)
+        self.weights = given.to(next(iter(state.params.values())).device).detach().requires_grad_()
+        versions = {name: leaf._version for name, leaf in copies.items()}
+        with twice_differentiable():
+            loss = update_map._loss(self.params, self.buffers_out, inputs, self.weights)
+            if not torch.isfinite(loss.detach()):
+                raise NonFinite(f"the loss of step {state.step} is {loss.item()}; a derivative through it means nothing.")
+            found = torch.autograd.grad(loss, list(self.params.values()), create_graph=True, allow_unused=True)
+        self.grads = {name: grad for name, grad in zip(self.params, found, strict=True) if grad is not None}
+        self.written = {
+            name for name, leaf in self.buffers_out.items() if leaf is not copies[name] or leaf._version != versions[name]
+        }
+
+
+def _reverse(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], route: Route) -> list[Tensor | None]:
+    """Vector-Jacobian products of all cotangents, stacked on a leading axis."""
+    reachable = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
+    outputs, cotangents = [output for output, _ in reachable], [cotangent for _, cotangent in reachable]
+    try:
+        count = cotangents[0].shape[0]
+        products: list[Tensor | None] = [None] * len(inputs)
+        size = _BATCHED_AT_ONCE if route == "batched" else 1
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            rows = torch.autograd.grad(
+                outputs,
+                inputs,
+                [leaf[part] if route == "batched" else leaf[start] for leaf in cotangents],
+                allow_unused=True,
+                is_grads_batched=route == "batched",
+                retain_graph=start + size < count,
+            )
+            for position, row in enumerate(rows):
+                if row is not None:
+                    if products[position] is None:
+                        products[position] = row.new_zeros(count, *inputs[position].shape)
+                    products[position][part] = row  # type: ignore[index]
+        return products
+    except RuntimeError as error:
+        if "is not implemented" not in str(error) and "not differentiable" not in str(error):
+            raise
+        raise NoSecondDerivative(
+            f"differentiating through training needs the second derivative of every operation of the model, and one has "
+            f"none: {error} Use the operation's plain form in the model (for attention, "
+            "torch.nn.functional.scaled_dot_product_attention is switched to it by itself)."
+        ) from error
+
+
+@contextmanager
+def seeded(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
+    """Draw this step's random numbers from ``seed`` and give the global generators back as they were."""
+    device = next(iter(params.values())).device
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    before = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            generator.set_state(state)
+
+
+@contextmanager
+def _keeping_modes(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _global_norm(grads: Params) -> Tensor:
+    # The same operations as torch.nn.utils.clip_grad_norm_, so that a replay has the same bits.
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in grads.values()]))
+
+
+def _dtype(params: Params) -> torch.dtype:
+    return next(iter(params.values())).dtype
