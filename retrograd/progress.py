@@ -12,12 +12,13 @@ import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 Item = TypeVar("Item")
 _logger = logging.getLogger("retrograd")
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Shows the progress of one phase of work after another."""
 

@@ -149,7 +149,7 @@ def weighted_loss(task: Task | CoupledTask, model: nn.Module, batch: Any, weight
 
 
 class _Caller(nn.Module):
-    """A module whose forward calls ``function(model, …)``: so functional_call can bind any use of a model, not only model(x)."""
+    """A module whose forward calls ``function(model, …)``, so that functional_call can bind any use of a model."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

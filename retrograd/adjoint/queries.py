@@ -9,6 +9,7 @@ from torch import Tensor
 from retrograd.errors import InputError, NonFinite
 from retrograd.params import map_slots
 from retrograd.trajectory import Examples, Run, StateVectors, TrainingState
+from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.trajectory import to_device
 
 
@@ -66,7 +67,8 @@ class Queries:
         found = {name: leaf.new_zeros(len(self), *leaf.shape) for name, leaf in inputs.items()}
         bound = TrainingState(params, state.slots, buffers, state.step)
         for row, query in enumerate(self.ids.split(1)):
-            value = self._ask(run, bound, query)[0]
+            with twice_differentiable(own_functions=False):  # for the running statistics of batch norm
+                value = self._ask(run, bound, query)[0]
             if not torch.isfinite(value.detach()):
                 raise NonFinite(f"the measurement of query {int(query)} is {value.item()}.")
             grads = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)

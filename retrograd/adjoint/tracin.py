@@ -33,6 +33,7 @@ from retrograd.errors import InputError
 from retrograd.params import Params, flatten
 from retrograd.progress import track
 from retrograd.trajectory import Run, TrainingState
+from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.state import map_batch
 from retrograd.trajectory.trajectory import to_device
 
@@ -97,7 +98,8 @@ class TracIn:
             own = TrainingState(params, state.slots, state.buffers, state.step)
             return run.update_map.losses(own, map_batch(lambda leaf: leaf[None], row))[0]  # vmap took the batch axis
 
-        per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(state.params, batch)
+        with twice_differentiable(own_functions=False):  # fused attention has no batched form
+            per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(state.params, batch)
         matrix = flatten(per_example.values(), batched=True)
         if self.cosine:
             matrix = matrix / matrix.norm(dim=1, keepdim=True)

@@ -87,12 +87,12 @@ class Unrolled:
             yield ScorePart(inputs.example_ids, values)
 
     def costates(self, run: Trajectory, cotangents: StateVectors) -> Iterator[tuple[int, StateVectors]]:
-        """Yield ``(t, λ_t)`` from t = T−1 down to 0 (or to T − last)."""
+        """Yield ``(t, λ_t)`` from t = T−1 down to 0 (or to T − last); each λ_t is valid until the next one."""
         for _, step, pullback in self.sweep(run, cotangents, Notes()):
             yield step, pullback.costates
 
     def sweep(self, run: Trajectory, cotangents: StateVectors, notes: Notes) -> Iterator[tuple[StepInputs, int, Pullback]]:
-        """Pull the cotangents of the final state back step by step; yields u_t, t and what the pullback of step t gave."""
+        """Pull the cotangents of the final state back step by step, in place; yields u_t, t and the pullback of step t."""
         route = None if self.route == "auto" else self.route
         costates = cotangents
         steps = min(len(run), self.last or len(run))
@@ -100,8 +100,7 @@ class Unrolled:
             if route is None:
                 route = fastest_route(run.update_map, state, inputs, costates)
                 notes.add(route=route)
-            pullback = run.update_map.pullback(state, inputs, costates, route)
-            costates = pullback.costates
+            pullback = run.update_map.pullback(state, inputs, costates, route, out=costates)
             if not torch.isfinite(pullback.scores).all():
                 raise NonFinite(
                     f"the costates became non-finite at step {step}. The run is too rough to differentiate through from there "
@@ -111,12 +110,13 @@ class Unrolled:
 
 
 def fastest_route(update_map: UpdateMap, state: TrainingState, inputs: StepInputs, costates: StateVectors) -> Route:
-    """Time both routes on one step, with at most 16 costates, and return the faster."""
-    few = costates[:16]
+    """Time both routes on one step, with at most 8 costates, and return the faster."""
+    few = costates[:8]
     if len(few) == 1:
         return "loop"
     times: dict[Route, float] = {}
-    for route in ("loop", "batched", "loop", "batched"):  # the first round pays for what torch sets up once
+    for route in ("loop", "batched"):
+        update_map.pullback(state, inputs, few[:2], route)  # pays for what torch sets up once
         start = time.perf_counter()
         update_map.pullback(state, inputs, few, route)
         times[route] = time.perf_counter() - start

@@ -67,22 +67,23 @@ def linear_datamodeling_score(
             f"and {tuple(actual.shape)}."
         )
     generator = torch.Generator().manual_seed(seed)
-    per_query = _correlations(predicted, actual, ranks)
+    if ranks:  # once, before resampling: a resample has ties, and ranking it anew would pull correlations down
+        predicted, actual = _ranks(predicted), _ranks(actual)
+    per_query = _correlations(predicted, actual)
     subsets, queries = predicted.shape
     means = torch.empty(resamples)
     for index in range(resamples):
         rows = torch.randint(0, subsets, (subsets,), generator=generator)
         columns = torch.randint(0, queries, (queries,), generator=generator)
-        means[index] = _correlations(predicted[rows][:, columns], actual[rows][:, columns], ranks).mean()
+        means[index] = _correlations(predicted[rows][:, columns], actual[rows][:, columns]).mean()
     tail = (1 - confidence) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail])).tolist()
     return Agreement(per_query.mean().item(), low, high, confidence, per_query)
 
 
-def _correlations(left: Tensor, right: Tensor, ranks: bool) -> Tensor:
+def _correlations(left: Tensor, right: Tensor) -> Tensor:
     """Correlate column by column; 0 where a column is constant."""
-    left, right = (_ranks(side) if ranks else side.double() for side in (left, right))
-    left, right = left - left.mean(0), right - right.mean(0)
+    left, right = left.double() - left.double().mean(0), right.double() - right.double().mean(0)
     return (left * right).sum(0) / (left.norm(dim=0) * right.norm(dim=0)).clamp(min=torch.finfo(torch.float64).tiny)
 
 

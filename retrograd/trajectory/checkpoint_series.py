@@ -6,7 +6,6 @@ every example is taken to have been visited equally often.
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -69,7 +68,7 @@ class CheckpointSeries:
         """Return the step of the last checkpoint."""
         return max(self._states)
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Digest of the data and of all checkpoints."""
         parts = [self.examples.root(), *(digests.state_digest(state) for state in self._states.values())]

@@ -113,8 +113,12 @@ class Examples:
 
     def root(self) -> str:
         """One digest of all ids and contents."""
-        ids = self.ids.numpy().tobytes()
-        return hashlib.sha256(ids + b"".join(self.digests())).hexdigest()
+        return root_digest(self.ids, self.digests())
+
+
+def root_digest(ids: Tensor, contents: Sequence[bytes]) -> str:
+    """One digest of all ids and content digests, in order."""
+    return hashlib.sha256(ids.numpy().tobytes() + b"".join(contents)).hexdigest()
 
 
 def _columns(data: Any) -> list[Tensor] | None:

@@ -118,7 +118,8 @@ def record(
         counterfactual=counterfactual,
     )
     own_rates = [group["lr"] for group in made.param_groups]
-    trained = [leaf for group in made.param_groups for leaf in group["params"]]
+    in_groups = {id(leaf) for group in made.param_groups for leaf in group["params"]}
+    trained = [leaf for leaf in model.parameters() if id(leaf) in in_groups]
     device = trained[0].device
     remaining = range(recorder.steps_done, len(steps))
     for number in track(remaining, "training"):
@@ -194,6 +195,7 @@ def open_run(
     check_same_run(manifest, update_map, examples)
     records = store.read_steps(manifest["genesis"])
     store.expect(0, manifest["initial"])
+    store.check_complete(manifest, records)
     return Trajectory(
         update_map,
         examples,

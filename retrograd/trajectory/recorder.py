@@ -18,6 +18,7 @@ loss, clipping it was not told of, augmentation, noise on gradients) is found, w
 """
 
 import hashlib
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,9 +45,17 @@ from retrograd.trajectory import digests
 from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.schedule import Schedule, Sqrt
-from retrograd.trajectory.state import TrainingState
+from retrograd.trajectory.state import StepInputs, TrainingState
 from retrograd.trajectory.store import FORMAT, RunFolder
-from retrograd.trajectory.trajectory import MemoryCheckpoints, StepRecord, Trajectory, keep_checkpoint, witness
+from retrograd.trajectory.trajectory import (
+    MemoryCheckpoints,
+    StepRecord,
+    Trajectory,
+    keep_checkpoint,
+    smallest,
+    to_device,
+    witness,
+)
 from retrograd.trajectory.update_map import UpdateMap, seeded
 from retrograd.update_rules import TorchRule, rule_of
 
@@ -71,8 +80,8 @@ class Recorder:
         resume: continue the run in ``folder`` if there is one: model and optimizer are set to its last stored state, and
             `steps_done` says how many steps the loop must skip.
         seed: seed of the steps' random numbers.
-        tolerance: largest relative difference between a replayed and a real step. Rounding in another order (a fused
-            optimizer, another reduction of the loss) stays far below the default.
+        tolerance: how far a replayed update may be from the real one, as a share of its size, beyond rounding. Arithmetic in
+            another order (a fused optimizer, another reduction of the loss) stays far below the default.
         check_every: replay every so many steps, instead of steps 0, 1, 2, 4, 8, …
         counterfactual: what the run is the linearisation point of, if its learning rates were chosen to match one.
 
@@ -94,7 +103,7 @@ class Recorder:
         folder: str | PathLike[str] | None = None,
         resume: bool = False,
         seed: int = 0,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-5,
         check_every: int | None = None,
         counterfactual: Counterfactual | None = None,
     ):
@@ -105,7 +114,8 @@ class Recorder:
         self._rule: TorchRule = rule
         self._groups = _group_names(model, optimizer)
         self._params = dict(model.named_parameters())
-        self._trained = {name: self._params[name] for group in self._groups for name in group}
+        in_groups = {name for group in self._groups for name in group}
+        self._trained = {name: leaf for name, leaf in self._params.items() if name in in_groups}
         self._watched = [*self._params.values(), *model.buffers()]
         evaluation = [name for name, module in model.named_modules() if name and not module.training]
         self._trajectory = Trajectory(
@@ -118,7 +128,8 @@ class Recorder:
             counterfactual=counterfactual,
         )
         self._check_every = check_every
-        self._pending: list[tuple[StepRecord, Tensor]] = []  # steps whose numbers still live on the device
+        self._mark = smallest(self._trained)
+        self._pending: list[tuple[Tensor, Tensor | None, tuple[dict[str, float], ...], int, Tensor | float | None, Tensor]] = []
         self._hyper: tuple[dict[str, float], ...] | None = None
         self._writer = _Writer()
         self._chain: list[str] = []
@@ -150,7 +161,6 @@ class Recorder:
         """
         number = self.steps_done
         ids = torch.as_tensor(example_ids, dtype=torch.int64).detach().cpu()
-        self._trajectory.examples.rows(ids)
         if self._tensor_versions() != self._versions:
             raise UnsupportedTraining(
                 f"parameters or buffers were written to between step {number - 1} and step {number}, outside of "
@@ -165,10 +175,9 @@ class Recorder:
             raise UnsupportedTraining(
                 f"step {number} made no update: optimizer.step() must be called inside recorder.step(...)."
             )
-        loss = None if handle.loss is None else float(handle.loss)
         kept = None if weights is None else weights.detach().cpu().double()
-        record = StepRecord(ids, kept, self._hyper, seed, loss, None)
-        self._pending.append((record, witness(self._trained)))
+        # This runs at every step of somebody's training: what can wait is left to `_settle`.
+        self._pending.append((ids, kept, self._hyper, seed, handle.loss, self._mark.detach().clone()))
         self._versions = self._tensor_versions()
         if before is not None:
             self._check(before, number)
@@ -198,7 +207,7 @@ class Recorder:
             refuse_hooks(self.model, optimizer, ours=1)
             _refuse_scaler()
         self._hyper = tuple(
-            self._rule.hyper_from_torch(group, optimizer.state[group["params"][0]] if group["params"] else {})
+            self._rule.hyper_from_torch(group, optimizer.state.get(_first_with_gradient(group), {}))
             for group in optimizer.param_groups
         )
 
@@ -208,18 +217,18 @@ class Recorder:
         return number <= 1 or (number & (number - 1) == 0 and number.bit_length() % 2 == 1)
 
     def _check(self, before: TrainingState, number: int) -> None:
-        record = self._pending[-1][0]
+        ids, weights, hyper, seed, *_ = self._pending[-1]
         trajectory = self._trajectory
-        probe = Trajectory(trajectory.update_map, trajectory.examples, [record], trajectory.checkpoints, self.schedule)
-        replayed = trajectory.update_map(before, probe.inputs(0))
+        batch = to_device(trajectory.examples.batch(ids), trajectory.device)
+        replayed = trajectory.update_map(before, StepInputs(ids, weights, hyper, batch, seed))
         happened = self._live_state(number + 1)
         if replayed.equals(happened):
             return
-        difference = replayed.relative_difference(happened)
+        difference = replayed.difference(happened, before)
         if not difference <= trajectory.tolerance:
             raise ReplayMismatch(
-                f"step {number} does not replay: parameters, optimizer slots or buffers differ by {difference:.1e} (relative; "
-                f"allowed: {trajectory.tolerance:.0e}). The loop did something that the record does not know. Compare the "
+                f"step {number} does not replay: parameters, optimizer slots or buffers differ by {difference:.1e} of what the "
+                f"step changed (allowed: {trajectory.tolerance:.0e}). The loop did something the record does not know. Compare the "
                 "task's losses with the loop's loss (same reduction: a mean over the batch); tell the recorder of gradient "
                 "clipping (clip_norm=) and of example weights (step(ids, weights=...)); move random augmentation and "
                 "regularisation terms into the task's losses."
@@ -252,19 +261,17 @@ class Recorder:
         """Move the numbers of the pending steps off the device and into the record."""
         if not self._pending:
             return
-        marks = torch.stack([mark for _, mark in self._pending]).tolist()
-        for (record, _), mark in zip(self._pending, marks, strict=True):
-            number = len(self._trajectory.records)
-            if mark - mark != 0 or (record.loss is not None and record.loss - record.loss != 0):
-                self._pending.clear()
+        self._trajectory.examples.rows(torch.cat([ids for ids, *_ in self._pending]))
+        pending, self._pending = self._pending, []
+        for ids, weights, hyper, seed, given, mark in pending:
+            loss = given.detach().item() if isinstance(given, Tensor) else given
+            found = witness(mark)
+            if not math.isfinite(found) or (loss is not None and not math.isfinite(loss)):
                 raise NonFinite(
-                    f"training became non-finite at step {number} (loss {record.loss}). The steps before the last stored "
-                    "state are kept; lower the learning rate or clip gradients."
+                    f"training became non-finite at step {len(self._trajectory.records)} (loss {loss}). The steps before "
+                    "the last stored state are kept; lower the learning rate or clip gradients."
                 )
-            self._trajectory.records.append(
-                StepRecord(record.example_ids, record.weights, record.hyper, record.seed, record.loss, mark)
-            )
-        self._pending.clear()
+            self._trajectory.records.append(StepRecord(ids, weights, hyper, seed, loss, found))
 
     def _store(self, last: bool) -> None:
         self._settle()
@@ -351,6 +358,7 @@ class Recorder:
             "status": status,
             "steps": len(trajectory.records),
             "head": self._chain[-1] if self._chain else self._genesis,
+            "checkpoints": [] if status == "recording" else trajectory.checkpoints.steps(),
         }
 
 
@@ -370,6 +378,11 @@ class _Writer:
         if self._last is not None:
             self._last.result()
         self._pool.shutdown()
+
+
+def _first_with_gradient(group: dict[str, Any]) -> Tensor | None:
+    # A parameter without gradient is not stepped, so its count of steps stands still.
+    return next((leaf for leaf in group["params"] if leaf.grad is not None), None)
 
 
 def step_seed(seed: int, number: int) -> int:
@@ -448,7 +461,7 @@ def _group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[tu
         if unknown:
             raise InputError(
                 f"group {index} of the optimizer has {unknown} tensors that are not parameters of the model. Everything "
-                "that is trained must be a parameter of the one module that is recorded; join several modules in an nn.ModuleDict."
+                "that is trained must be a parameter of the one module that is recorded; join modules in an nn.ModuleDict."
             )
         groups.append(tuple(names[id(leaf)] for leaf in group["params"] if leaf.requires_grad))
     if not any(groups):

@@ -12,7 +12,7 @@ and compare how far the final parameters moved with how far the initial ones did
 
     a = ‖θ'_T − θ_T‖ / ‖θ'_0 − θ_0‖.
 
-A run that amplifies rounding a thousandfold is rough at the scale of rounding, whatever its derivative says.
+A run that amplifies the smallest changes will do so with every change: its derivative is large, and soon wrong.
 
 Cost: three trainings (the run itself is the first of the four). Thresholds: see ``docs/roughness.md`` for the measurements
 behind them.
@@ -29,8 +29,8 @@ from retrograd.params import flatten
 from retrograd.trajectory.schedule import Treeverse
 from retrograd.trajectory.trajectory import Trajectory
 
-SMOOTH_ENOUGH = 0.9
-AMPLIFICATION_LIMIT = 1000.0
+SMOOTH_ENOUGH = 0.25
+AMPLIFICATION_LIMIT = 10.0
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def warn_if_rough(found: Roughness) -> None:
     """Warn that derivatives of a rough run are not to be trusted, and say what helps."""
     if found.rough:
         warnings.warn(
-            f"{found}. Thresholds: metasmoothness below {SMOOTH_ENOUGH} or amplification above {AMPLIFICATION_LIMIT:g}. "
-            "Smooth activations (GELU), a lower learning rate, clipping, larger batches or epsilon_root in Adam make training smoother.",
+            f"{found}. Thresholds: metasmoothness below {SMOOTH_ENOUGH}, amplification above {AMPLIFICATION_LIMIT:g}. Smooth "
+            "activations (GELU), lower learning rates, clipping and larger batches make training smoother.",
             RoughTraining,
             stacklevel=3,
         )

@@ -7,11 +7,12 @@ back: `slots` bounds how many states a replay may hold at a time between two kep
 | schedule | states kept on T steps | states held in a replay | steps replayed |
 |---|---|---|---|
 | `All()` | T | 1 | 0 |
-| `Every(k)` | T / k | k | T |
+| `Every(k)` | T / k | k | T − T / k |
 | `Sqrt()` | between √T/√2 and √2·√T | √T | T |
 | `Treeverse(slots=s)` | 1 | s | ≤ r·T, with r the smallest number that has C(s + r, s) ≥ T |
 
-Results never depend on the schedule. The offline schedule of `Treeverse` is Griewank's: it reverses T steps with s stored
+Besides, the last step before each kept state is replayed once, to compare it with the record. Results never depend on the
+schedule. The offline schedule of `Treeverse` is Griewank's: it reverses T steps with s stored
 states in the fewest possible steps.
 
 References: Griewank (1992), "Achieving logarithmic growth of temporal and spatial complexity in reverse automatic
@@ -43,7 +44,7 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True)
 class All:
-    """Keep every state: nothing is ever replayed."""
+    """Keep every state: a step is replayed only to compare it with the record."""
 
     def interval(self, steps: int) -> int | None:
         """Return 1."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from retrograd.params import Params, Slots, map_params, map_slots
 from retrograd.update_rules import Hyper
 
+ROUNDING = 16  # units in the last place that a replay may differ by where its bits are not those of the run
+
 
 @dataclass(frozen=True)
 class TrainingState:
@@ -70,16 +72,22 @@ class TrainingState:
         mine, theirs = self.tensors(), other.tensors()
         return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
-    def relative_difference(self, other: "TrainingState") -> float:
-        """Largest difference of any tensor's values, relative to that tensor's largest magnitude."""
+    def difference(self, other: "TrainingState", before: "TrainingState") -> float:
+        """Largest difference to ``other``, beyond rounding, as a share of how far ``other`` moved from ``before``.
+
+        Taken tensor by tensor; infinite where ``other`` did not move at all but this state did.
+        """
         worst = 0.0
-        theirs = other.tensors()
+        theirs, earlier = other.tensors(), before.tensors()
         for name, leaf in self.tensors().items():
-            if leaf.numel() == 0:
+            if leaf.numel() == 0 or torch.equal(leaf, theirs[name]):
                 continue
-            difference = (leaf.double() - theirs[name].double()).abs().max().item()
-            scale = max(leaf.double().abs().max().item(), torch.finfo(torch.float32).tiny)
-            worst = max(worst, difference / scale) if difference == difference else float("inf")
+            error = (leaf.double() - theirs[name].double()).abs().max().item()
+            moved = (theirs[name].double() - earlier[name].double()).abs().max().item()
+            eps = torch.finfo(leaf.dtype).eps if leaf.is_floating_point() else 0.0
+            excess = error - ROUNDING * eps * theirs[name].double().abs().max().item()
+            if not excess <= 0:
+                worst = max(worst, excess / moved if moved else float("inf"))
         return worst
 
 

@@ -12,6 +12,7 @@ unpickled. ``steps.parquet`` is a folder of parts, as Spark writes it: polars, d
 """
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -22,7 +23,7 @@ import torch
 
 from retrograd.errors import CorruptRecord, NotRecorded, RecordExists
 from retrograd.trajectory import digests
-from retrograd.trajectory.examples import Examples
+from retrograd.trajectory.examples import Examples, root_digest
 from retrograd.trajectory.state import TrainingState
 from retrograd.trajectory.trajectory import StepRecord
 
@@ -42,6 +43,8 @@ _MANIFEST_KEYS = {
     "status",
     "steps",
     "head",
+    "checkpoints",
+    "digest",
 }
 
 
@@ -50,6 +53,7 @@ class RunFolder:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
+        self.head = ""  # last link of the chain of the steps that were read
         self._expected: dict[int, str] = {}  # digest of each stored state, from the step rows
 
     # ------------------------------------------------------------------ manifest and data
@@ -63,6 +67,8 @@ class RunFolder:
         if self.exists():
             raise RecordExists(f"{self.path} already holds a run. Give another folder, or continue it with resume=True.")
         self.clean()
+        for remains in [*self._parts(), *(self.path / "checkpoints").glob("*.safetensors")]:
+            remains.unlink()  # without a manifest they belong to no run: the recording was killed before it began
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (self.path / "steps.parquet").mkdir(exist_ok=True)
         self._write_data(examples)
@@ -70,8 +76,8 @@ class RunFolder:
         self.write_manifest(manifest)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Write ``run.json``."""
-        text = json.dumps(manifest, indent=1)
+        """Write ``run.json``, with a digest of itself."""
+        text = json.dumps({**manifest, "digest": _json_digest(manifest)}, indent=1)
         _replace(self.path / "run.json", lambda temporary: temporary.write_text(text))
 
     def manifest(self) -> dict[str, Any]:
@@ -82,20 +88,36 @@ class RunFolder:
         if file.stat().st_size > _LARGEST_MANIFEST:
             raise CorruptRecord(f"{file} has {file.stat().st_size} bytes; a manifest has at most {_LARGEST_MANIFEST}.")
         try:
-            manifest = json.loads(file.read_text())
-        except ValueError as error:
+            manifest = json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
             raise CorruptRecord(f"{file} is not JSON: {error}") from error
-        missing = _MANIFEST_KEYS - set(manifest) if isinstance(manifest, dict) else _MANIFEST_KEYS
+        if not isinstance(manifest, dict):
+            raise CorruptRecord(f"{file} is not a manifest.")
+        if "format" in manifest and manifest["format"] != FORMAT:
+            raise CorruptRecord(f"{file} has format {manifest['format']!r}; this version of retrograd reads format {FORMAT}.")
+        missing = _MANIFEST_KEYS - set(manifest)
         if missing:
             raise CorruptRecord(f"{file} lacks {sorted(missing)}.")
-        if manifest["format"] != FORMAT:
-            raise CorruptRecord(f"{file} has format {manifest['format']!r}; this version of retrograd reads format {FORMAT}.")
+        if manifest.pop("digest") != _json_digest(manifest):
+            raise CorruptRecord(f"{file} was altered: it does not have its own digest.")
         return manifest
 
-    def data_digests(self) -> tuple[list[int], list[bytes]]:
-        """Return ids and content digests of the recorded examples."""
-        table = _read_table(self.path / "data.parquet")
-        return table.column("id").to_pylist(), table.column("digest").to_pylist()
+    def check_complete(self, manifest: dict[str, Any], records: list[StepRecord]) -> None:
+        """Compare what is in the folder with the manifest of a complete run.
+
+        Raises:
+            CorruptRecord: examples, steps or states are missing, or there are others.
+        """
+        file = self.path / "data.parquet"
+        table = _read_table(file)
+        ids, contents = torch.tensor(table.column("id").to_pylist()), table.column("digest").to_pylist()
+        if root_digest(ids, contents) != manifest["data"]["root"]:
+            raise CorruptRecord(f"{file} was altered: it does not have the digest that the manifest gives.")
+        if len(records) != manifest["steps"] or (records and self.head != manifest["head"]):
+            raise CorruptRecord(f"{self.path / 'steps.parquet'} has {len(records)} steps, the run had {manifest['steps']}.")
+        for step in set(manifest["checkpoints"]) ^ set(self.steps()):
+            known = "is missing" if step in manifest["checkpoints"] else "is no part of this run"
+            raise CorruptRecord(f"{self._checkpoint(step)} {known}.")
 
     def _write_data(self, examples: Examples) -> None:
         import pyarrow as pa
@@ -131,7 +153,9 @@ class RunFolder:
             "digest": pa.array(chain, pa.string()),
             "state_digest": pa.array([None] * (len(records) - 1) + [state_digest], pa.string()),
         }
-        _replace(self._part(first), lambda temporary: pq.write_table(pa.table(columns), temporary, write_page_checksum=True))
+        table = pa.table(columns)
+        table = table.replace_schema_metadata({"digest": _json_digest(table.to_pylist())})
+        _replace(self._part(first), lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
         if state_digest is not None:
             self._expected[first + len(records)] = state_digest
 
@@ -144,7 +168,10 @@ class RunFolder:
         records: list[StepRecord] = []
         previous = genesis
         for part in self._parts():
-            rows = _read_table(part).to_pylist()
+            table = _read_table(part)
+            rows = table.to_pylist()
+            if (table.schema.metadata or {}).get(b"digest", b"").decode(errors="replace") != _json_digest(rows):
+                raise CorruptRecord(f"{part} was altered: its rows do not have the digest that is written with them.")
             for row in rows:
                 if row["step"] != len(records):
                     raise CorruptRecord(f"{part} begins at step {row['step']}, but the steps before it end at {len(records)}.")
@@ -163,6 +190,7 @@ class RunFolder:
                 if row["state_digest"] is not None:
                     self._expected[row["step"] + 1] = row["state_digest"]
                 records.append(record)
+        self.head = previous
         return records
 
     def drop_steps(self, stop: int) -> None:
@@ -207,9 +235,9 @@ class RunFolder:
             raise NotRecorded(f"{file} is missing. Stored states: {', '.join(map(str, self.steps())) or 'none'}.")
         try:
             state = TrainingState.from_tensors(load_file(file), step)
-        except (SafetensorError, ValueError, OSError) as error:
+        except (SafetensorError, ValueError, KeyError, OSError) as error:
             raise CorruptRecord(f"{file} is torn: {error}") from error
-        if step in self._expected and digests.state_digest(state) != self._expected[step]:
+        if digests.state_digest(state) != self._expected.get(step):
             raise CorruptRecord(f"{file} was altered: its content does not have the digest that was recorded for it.")
         return state
 
@@ -242,6 +270,10 @@ def _replace(file: Path, write: Callable[[Path], object]) -> None:
         raise
 
 
+def _json_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def _read_table(file: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -251,5 +283,5 @@ def _read_table(file: Path) -> Any:
     try:
         # A part must be read as the one file it is: as a data set, the folder's name would be parsed for partitions.
         return pq.ParquetFile(file, page_checksum_verification=True).read()
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptRecord(f"{file} is torn: {error}") from error

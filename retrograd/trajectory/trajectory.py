@@ -1,9 +1,9 @@
 """A recorded training run: the sequence of update maps, walked forward or backward from a few stored states."""
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +17,7 @@ from retrograd.trajectory import digests
 from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.schedule import Schedule, reverse
-from retrograd.trajectory.state import StepInputs, TrainingState, map_batch
+from retrograd.trajectory.state import ROUNDING, StepInputs, TrainingState, map_batch
 from retrograd.trajectory.update_map import UpdateMap
 from retrograd.update_rules import Hyper
 
@@ -43,12 +43,21 @@ class StepRecord:
     witness: float | None
 
 
-def witness(params: Mapping[str, Tensor]) -> Tensor:
-    """Sum the smallest parameter in float64: one number a step by which a replay notices the first step that differs.
+def smallest(params: Mapping[str, Tensor]) -> Tensor:
+    """Return the smallest parameter, the one that `witness` looks at.
 
     A change of any parameter moves every gradient of the next step, so one small tensor is enough to see it.
     """
-    return min(params.values(), key=Tensor.numel).detach().sum(dtype=torch.float64)
+    return min(params.values(), key=Tensor.numel)
+
+
+def witness(parameter: Tensor) -> float:
+    """Project the smallest parameter on fixed numbers: one number a step by which a replay notices the first that differs.
+
+    A plain sum would not do: the gradients of a classifier's last bias add up to zero, whatever went into them.
+    """
+    values = parameter.detach().double().flatten()
+    return (values @ torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).cos()).item()
 
 
 @runtime_checkable
@@ -158,7 +167,7 @@ class Trajectory:
         records: one `StepRecord` for each step.
         checkpoints: the stored states.
         schedule: how many states a replay may hold.
-        tolerance: largest relative difference at which a replay still counts as the same run; 0 asks for equal bits.
+        tolerance: how far a replayed update may be from the recorded one, as a share of its size, beyond rounding.
         counterfactual: the change of the data that this run is the right place to linearise for.
         parents: runs whose outcome this run started from.
     """
@@ -171,7 +180,7 @@ class Trajectory:
         checkpoints: Checkpoints,
         schedule: Schedule,
         *,
-        tolerance: float = 1e-4,
+        tolerance: float = 1e-5,
         counterfactual: Counterfactual | None = None,
         parents: "Sequence[Trajectory]" = (),
     ):
@@ -179,7 +188,7 @@ class Trajectory:
         self.checkpoints, self.schedule, self.tolerance = checkpoints, schedule, tolerance
         self.counterfactual = counterfactual or Counterfactual()
         self.parents = tuple(parents)
-        self.drift = 0.0  # largest relative difference that a replay of this run has shown so far
+        self.drift = 0.0  # how far a replayed update was from the recorded one at most; 0: bit for bit so far
 
     def __len__(self) -> int:
         """Return the number of steps T."""
@@ -192,7 +201,7 @@ class Trajectory:
             f"{len(self.checkpoints.steps())} stored states>"
         )
 
-    @cached_property
+    @property
     def digest(self) -> str:
         """Head of the chain of digests over everything that went into the run."""
         return digests.chain(self.genesis(), self.records)[-1] if self.records else self.genesis()
@@ -230,7 +239,7 @@ class Trajectory:
         after = self.update_map(state, self.inputs(step))
         expected = self.records[step].witness
         if expected is not None:
-            self._compare(after, expected, step)
+            self._compare(state, after, expected, step)
         return after
 
     def reverse(self, last: int | None = None) -> Iterator[tuple[int, TrainingState, StepInputs]]:
@@ -244,6 +253,8 @@ class Trajectory:
             for step, state in reverse(first, base, stop, self.advance, slots):
                 if step < lowest:
                     return
+                if step == stop - 1:
+                    self._compare_stored(state, step)
                 yield step, state, self.inputs(step)
             stop = base
 
@@ -273,8 +284,9 @@ class Trajectory:
         for step, record in enumerate(self.records):
             while step >= stops[window]:
                 window += 1
-            visits = torch.full(record.example_ids.shape, float(record.hyper[0]["learning_rate"]) / len(record.example_ids))
-            exposure[window].index_add_(0, self.examples.rows(record.example_ids), visits.double())
+            each = float(record.hyper[0]["learning_rate"]) / len(record.example_ids)
+            visits = torch.full(record.example_ids.shape, each, dtype=torch.float64)
+            exposure[window].index_add_(0, self.examples.rows(record.example_ids), visits)
         return exposure
 
     def step_size(self, state: TrainingState, name: str) -> Tensor | float:
@@ -282,7 +294,10 @@ class Trajectory:
         # The preconditioner that a gradient meets is the one after its step; before the first step there is none yet.
         after = state if state.step else self.state(1)
         hyper = self.records[after.step - 1].hyper
-        own = hyper[self.update_map.group_of(name)]
+        group = self.update_map.group_of(name)
+        # Where a rule has dampening, its first step has none (see `SGD`); the later ones decide the long run.
+        lasting = {key: value for key, value in self.records[-1].hyper[group].items() if key == "dampening"}
+        own = {**hyper[group], **lasting}
         slots = {slot: after.slots[slot][name] for slot in self.update_map.rule.slots}
         return self.update_map.rule.step_size(slots, own) / hyper[0]["learning_rate"]
 
@@ -327,8 +342,8 @@ class Trajectory:
                 record = replace(record, hyper=hyper)
             rerun.records.append(replace(record, loss=None, witness=None))
             state = self.update_map(state, rerun.inputs(step))
-            mark = witness(state.params).item()
-            if mark - mark != 0:
+            mark = witness(smallest(state.params))
+            if not math.isfinite(mark):
                 raise NonFinite(f"training again became non-finite at step {step}; use smaller changes.")
             rerun.records[step] = replace(rerun.records[step], witness=mark)
             keep_checkpoint(checkpoints, schedule, state, last=step + 1 == len(self))
@@ -359,23 +374,41 @@ class Trajectory:
         return next(self.update_map.model.parameters()).device
 
     def _load(self, step: int) -> TrainingState:
-        return self.checkpoints.load(step).map(lambda leaf: leaf.to(self.device))
+        state = self.checkpoints.load(step).map(lambda leaf: leaf.to(self.device))
+        return replace(state, params={name: state.params[name] for name in self.update_map.names})
 
-    def _compare(self, after: TrainingState, expected: float, step: int) -> None:
-        found = witness(after.params).item()
+    def _compare_stored(self, before: TrainingState, step: int) -> None:
+        """Replay the last step before a stored state and compare all of it; the walk itself has no need of this step."""
+        stored = self._load(step + 1)
+        after = self.advance(before, step)
+        self._judge(after.difference(stored, before), step)
+        if not after.equals(stored):
+            self._note_drift(after.difference(stored, before), step)
+
+    def _compare(self, before: TrainingState, after: TrainingState, expected: float, step: int) -> None:
+        mark = smallest(after.params)
+        found = witness(mark)
         if found == expected:
             return
-        scale = min(after.params.values(), key=Tensor.numel).abs().sum(dtype=torch.float64).item()
-        difference = abs(found - expected) / max(scale, torch.finfo(torch.float64).tiny)
+        # What counts is how wrong the step itself is: a small error beside the parameter may be all of a small update.
+        moved = abs(expected - witness(smallest(before.params)))
+        rounding = ROUNDING * torch.finfo(mark.dtype).eps * mark.detach().abs().sum(dtype=torch.float64).item()
+        difference = max(abs(found - expected) - rounding, 0.0) / max(moved, torch.finfo(torch.float64).tiny)
+        self._judge(difference, step)
+        self._note_drift(abs(found - expected) / max(moved, torch.finfo(torch.float64).tiny), step)
+
+    def _judge(self, difference: float, step: int) -> None:
         if not difference <= self.tolerance:
             raise ReplayMismatch(
-                f"replaying step {step} gives parameters that differ from the recorded ones by {difference:.1e} (relative; "
-                f"allowed: {self.tolerance:.0e}). Either the loop did something at this step that the record does not know, "
+                f"replaying step {step} gives an update that differs from the recorded one by {difference:.1e} of its size "
+                f"(allowed: {self.tolerance:.0e}). Either the loop did something at this step that the record does not know, "
                 "or the replay runs on other hardware or another torch: then raise the run's tolerance."
             )
+
+    def _note_drift(self, difference: float, step: int) -> None:
         if self.drift == 0.0:
-            warnings.warn(f"replays of this run are not bit for bit: step {step} differs by {difference:.1e}.", ReplayDrift, 3)
-        self.drift = max(self.drift, difference)
+            warnings.warn(f"replays of this run are not bit for bit, first seen at step {step}.", ReplayDrift, stacklevel=4)
+        self.drift = max(self.drift, difference, torch.finfo(torch.float32).tiny)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

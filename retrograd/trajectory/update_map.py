@@ -21,7 +21,7 @@ after the other (route ``"loop"``).
 Assumptions: the loss can be differentiated twice. Where it cannot (ReLU at 0, ties of max-pooling, √v at v = 0)
 autograd's one-sided choice is taken. Cost: building the graph about 1.5 plain training steps a batch of costates, then
 1.3 to 2 a costate where compute binds, less where the plain step is bound by overhead. Memory: activations of one
-batch, times up to 64 costates on the batched route.
+batch, on the batched route times the costates of a slice.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retrograd.errors import InputError, NonFinite, NoSecondDerivative
-from retrograd.params import Params, Slots, batched_inner
+from retrograd.params import Params, Slots, batched_inner, count
 from retrograd.task import BoundModel, CoupledTask, Task, weighted_loss
 from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian
@@ -42,9 +42,7 @@ from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState, 
 from retrograd.update_rules import Hyper, UpdateRule
 
 Route = Literal["batched", "loop"]
-_BATCHED_AT_ONCE = (
-    64  # costates reversed together: enough to drown the overhead, few enough for their activations to stay in cache
-)
+_SCALARS_AT_ONCE = 1 << 21  # costates are reversed in slices of so many scalars: temporary memory then stays warm
 _CLIP_GUARD = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
 
 
@@ -92,6 +90,8 @@ class UpdateMap:
         self.groups = tuple(tuple(group) for group in groups)
         self.evaluation_modules = tuple(evaluation_modules)
         self._group_of = {name: index for index, group in enumerate(self.groups) for name in group}
+        # The norm of a gradient depends on the order of its parts, by rounding: the module's order is the order everywhere.
+        self.names = tuple(name for name, _ in model.named_parameters() if name in self._group_of)
         self._bound = BoundModel(model)
         self._used: frozenset[str] | None = None  # parameters that get a gradient at all
 
@@ -167,38 +167,57 @@ class UpdateMap:
 
     # ------------------------------------------------------------------ its Jacobian products
 
-    def pullback(self, state: TrainingState, inputs: StepInputs, costates: StateVectors, route: Route = "batched") -> Pullback:
+    def pullback(
+        self,
+        state: TrainingState,
+        inputs: StepInputs,
+        costates: StateVectors,
+        route: Route = "batched",
+        out: StateVectors | None = None,
+    ) -> Pullback:
         """Pull costates of s_{t+1} back to s_t: ``Aᵀ λ``, and the scores ``⟨λ, ∂Φ/∂w_i⟩`` of the batch's examples.
 
         Args:
             state: s_t.
             inputs: u_t.
             costates: λ_{t+1}, a leading axis ``query`` on every leaf.
-            route: ``"batched"`` reverses all costates at once, ``"loop"`` one after the other.
+            route: ``"batched"`` reverses many costates at once, ``"loop"`` one after the other.
+            out: where to write the costates of s_t; may be ``costates`` itself, which saves memory and much time.
 
         Raises:
             NoSecondDerivative: a kernel of the model can be differentiated only once.
         """
         graph = _StepGraph(self, state, inputs)
-        carried, gamma = self._pull_through_rule(state, inputs, costates, graph.grads)
+        jacobians = self._rule_jacobians(state, graph.grads, inputs)
         written = [name for name in costates.buffers if name in graph.written]
         outputs = [*graph.grads.values(), *(graph.buffers_out[name] for name in written)]
-        cotangents = [*gamma.values(), *(costates.buffers[name] for name in written)]
         sources = {**graph.params, **{f"buffers/{name}": graph.buffers_in[name] for name in costates.buffers}}
-        found = _reverse(outputs, [*sources.values(), graph.weights], cotangents, route)
-        products = dict(zip(sources, found, strict=False))
-        scores = found[-1]
-        if scores is None:
-            raise InputError(f"the loss of {type(self.task).__name__} does not depend on the example weights it is given.")
-        for name, direct in carried.params.items():
-            product = products[name]
-            carried.params[name] = direct if product is None else direct.add_(product)
-        for name, direct in carried.buffers.items():
-            product = products[f"buffers/{name}"]
-            # A buffer that the step writes gets all of its costate from the reverse pass, any other keeps what it had.
-            kept = torch.zeros_like(direct) if name in written else direct
-            carried.buffers[name] = kept if product is None else kept + product
-        return Pullback(carried, scores)
+        target = costates.map(torch.empty_like) if out is None else out
+        scores = graph.weights.new_zeros(len(costates), len(graph.weights))
+        size = max(1, min(len(costates), _SCALARS_AT_ONCE // count(state.params)))
+        for start in range(0, len(costates), size):
+            rows = slice(start, start + size)
+            part = costates[rows]
+            carried, gamma = self._pull_through_rule(part, jacobians, graph.grads)
+            cotangents = [*gamma.values(), *(part.buffers[name] for name in written)]
+            last = start + size >= len(costates)
+            found = _reverse(outputs, [*sources.values(), graph.weights], cotangents, route, retain_graph=not last)
+            products = dict(zip(sources, found, strict=False))
+            if found[-1] is None:
+                raise InputError(f"the loss of {type(self.task).__name__} does not depend on the example weights it is given.")
+            scores[rows] = found[-1]
+            for name, direct in carried.params.items():
+                product = products[name]
+                target.params[name][rows] = direct if product is None else direct.add_(product)
+            for slot, leaves in carried.slots.items():
+                for name, leaf in leaves.items():
+                    target.slots[slot][name][rows] = leaf
+            for name, direct in part.buffers.items():
+                product = products[f"buffers/{name}"]
+                # A buffer that the step writes gets all of its costate from the reverse pass, any other keeps what it had.
+                kept = torch.zeros_like(direct) if name in written else direct
+                target.buffers[name][rows] = kept if product is None else kept + product
+        return Pullback(target, scores)
 
     def pushforward(
         self,
@@ -222,7 +241,7 @@ class UpdateMap:
         def gradient(params: Params, buffers: Params, weights: Tensor) -> tuple[Params, Params]:
             def loss(params: Params) -> tuple[Tensor, Params]:
                 written = {name: leaf.clone() for name, leaf in {**state.buffers, **buffers}.items()}
-                with twice_differentiable(convolutions=False):
+                with twice_differentiable(own_functions=False):
                     value = self._loss(params, written, inputs, weights)
                 return value, {name: written[name] for name in buffers}
 
@@ -242,31 +261,24 @@ class UpdateMap:
     # ------------------------------------------------------------------ the rule's and the clipping's share
 
     def _pull_through_rule(
-        self, state: TrainingState, inputs: StepInputs, costates: StateVectors, grads: Params
+        self, costates: StateVectors, jacobians: dict[str, Jacobian], grads: Params
     ) -> tuple[StateVectors, Params]:
         """Pull back through U and the clipping: (λ_θ', λ_o') → (a_θ, λ_o) and γ."""
-        raw = {name: leaf.detach() for name, leaf in grads.items()}
-        clipped = self._clip(raw)
-        params, slots, gamma = {}, {slot: {} for slot in self.rule.slots}, {}
-        for name in state.params:
-            outgoing = {"parameter": costates.params[name]}
-            outgoing |= {slot: costates.slots[slot][name] for slot in self.rule.slots if slot in costates.slots}
-            if name not in raw:
-                params[name] = outgoing.pop("parameter").clone()
-                for slot in self.rule.slots:
-                    slots[slot][name] = outgoing.get(slot, torch.zeros_like(params[name]))
-                continue
-            jacobian = self._rule_jacobian(name, state, clipped, inputs)
-            pulled = {
-                source: combine(
-                    [(jacobian[target][source], vector) for target, vector in outgoing.items()], costates.params[name]
-                )
-                for source in ("parameter", *self.rule.slots, "gradient")
-            }
-            params[name], gamma[name] = pulled["parameter"], pulled["gradient"]
-            for slot in self.rule.slots:
+        params, slots, gamma = {}, {slot: {} for slot in costates.slots}, {}
+        for name, leaf in costates.params.items():
+            outgoing = {"parameter": leaf, **{slot: leaves[name] for slot, leaves in costates.slots.items()}}
+            if name not in jacobians:
+                pulled = {source: vector.clone() for source, vector in outgoing.items()}
+            else:
+                pulled = {}
+                for source in (*outgoing, "gradient"):
+                    terms = [(jacobians[name][target][source], vector) for target, vector in outgoing.items()]
+                    pulled[source] = combine(terms, leaf)
+                gamma[name] = pulled["gradient"]
+            params[name] = pulled["parameter"]
+            for slot in costates.slots:
                 slots[slot][name] = pulled[slot]
-        return StateVectors(params, slots, dict(costates.buffers)), self._clip_derivative(raw, gamma)
+        return StateVectors(params, slots, {}), self._clip_derivative(grads, gamma)
 
     def _push_through_rule(
         self,
@@ -278,25 +290,26 @@ class UpdateMap:
         buffer_tangents: Params,
     ) -> StateVectors:
         moved = self._clip_derivative(grads, {name: grad_tangents[name] for name in grads})
-        clipped = self._clip(grads)
+        jacobians = self._rule_jacobians(state, grads, inputs)
         params, slots = dict(tangents.params), {slot: dict(leaves) for slot, leaves in tangents.slots.items()}
-        for name in grads:
+        for name, jacobian in jacobians.items():
             incoming = {"parameter": tangents.params[name], "gradient": moved[name]}
-            incoming |= {slot: tangents.slots[slot][name] for slot in self.rule.slots if slot in tangents.slots}
-            jacobian = self._rule_jacobian(name, state, clipped, inputs)
-            pushed = {
-                target: combine([(row[source], vector) for source, vector in incoming.items()], tangents.params[name])
-                for target, row in jacobian.items()
-            }
+            incoming |= {slot: leaves[name] for slot, leaves in tangents.slots.items()}
+            pushed = {}
+            for target, row in jacobian.items():
+                pushed[target] = combine([(row[source], vector) for source, vector in incoming.items()], tangents.params[name])
             params[name] = pushed["parameter"]
-            for slot in self.rule.slots:
-                slots.setdefault(slot, {})[name] = pushed[slot]
+            for slot in slots:
+                slots[slot][name] = pushed[slot]
         return StateVectors(params, slots, buffer_tangents)
 
-    def _rule_jacobian(self, name: str, state: TrainingState, clipped: Params, inputs: StepInputs) -> Jacobian:
-        own = {slot: state.slots[slot][name] for slot in self.rule.slots}
-        hyper = inputs.hyper[self._group_of[name]]
-        return elementwise_jacobian(self.rule, state.params[name], own, clipped[name], hyper)
+    def _rule_jacobians(self, state: TrainingState, grads: Params, inputs: StepInputs) -> dict[str, Jacobian]:
+        """The Jacobian of U for each parameter that has a gradient, taken at the clipped gradient."""
+        jacobians = {}
+        for name, grad in self._clip({name: leaf.detach() for name, leaf in grads.items()}).items():
+            own = {slot: state.slots[slot][name] for slot in self.rule.slots}
+            jacobians[name] = elementwise_jacobian(self.rule, state.params[name], own, grad, inputs.hyper[self._group_of[name]])
+        return jacobians
 
     def _clip(self, grads: Params) -> Params:
         if self.clip_norm is None or not grads:
@@ -308,6 +321,7 @@ class UpdateMap:
         """Multiply by ∂g'/∂g, which is symmetric: the same product serves tangents and costates."""
         if self.clip_norm is None or not grads:
             return vectors
+        grads = {name: leaf.detach() for name, leaf in grads.items()}
         norm = _global_norm(grads)
         scale = self.clip_norm / (norm + _CLIP_GUARD)
         if scale >= 1:
@@ -369,32 +383,33 @@ class _StepGraph:
         }
 
 
-def _reverse(outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], route: Route) -> list[Tensor | None]:
-    """Vector-Jacobian products of all cotangents, stacked on a leading axis."""
+def _reverse(
+    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], route: Route, retain_graph: bool
+) -> list[Tensor | None]:
+    """Vector-Jacobian products of all cotangents, stacked on a leading axis; None where there is no dependence."""
     reachable = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
     outputs, cotangents = [output for output, _ in reachable], [cotangent for _, cotangent in reachable]
     try:
-        count = cotangents[0].shape[0]
-        products: list[Tensor | None] = [None] * len(inputs)
-        size = _BATCHED_AT_ONCE if route == "batched" else 1
-        for start in range(0, count, size):
-            part = slice(start, start + size)
-            rows = torch.autograd.grad(
-                outputs,
-                inputs,
-                [leaf[part] if route == "batched" else leaf[start] for leaf in cotangents],
-                allow_unused=True,
-                is_grads_batched=route == "batched",
-                retain_graph=start + size < count,
+        if route == "batched":
+            return list(
+                torch.autograd.grad(
+                    outputs, inputs, cotangents, allow_unused=True, is_grads_batched=True, retain_graph=retain_graph
+                )
             )
-            for position, row in enumerate(rows):
-                if row is not None:
+        count = len(cotangents[0])
+        products: list[Tensor | None] = [None] * len(inputs)
+        for index in range(count):
+            keep = retain_graph or index + 1 < count
+            own = [leaf[index] for leaf in cotangents]
+            found = torch.autograd.grad(outputs, inputs, own, allow_unused=True, retain_graph=keep)
+            for position, product in enumerate(found):
+                if product is not None:
                     if products[position] is None:
-                        products[position] = row.new_zeros(count, *inputs[position].shape)
-                    products[position][part] = row  # type: ignore[index]
+                        products[position] = product.new_zeros(count, *product.shape)
+                    products[position][index] = product  # type: ignore[index]
         return products
     except RuntimeError as error:
-        if "is not implemented" not in str(error) and "not differentiable" not in str(error):
+        if "is not implemented" not in str(error) and "once_differentiable" not in str(error):
             raise
         raise NoSecondDerivative(
             f"differentiating through training needs the second derivative of every operation of the model, and one has "

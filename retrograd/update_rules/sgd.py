@@ -156,9 +156,10 @@ class SGD:
         Returns:
             learning_rate, momentum, dampening (0 while torch has no velocity yet), weight_decay.
         """
+        in_use = group["momentum"] != 0
         return {
             "learning_rate": float(group["lr"]),
             "momentum": float(group["momentum"]),
-            "dampening": 0.0 if state.get("momentum_buffer") is None else float(group["dampening"]),
+            "dampening": float(group["dampening"]) if in_use and state.get("momentum_buffer") is not None else 0.0,
             "weight_decay": float(group["weight_decay"]),
         }
