@@ -183,6 +183,17 @@ def test_interrupted_again_and_again(tmp_path):
     assert_same_folder(tmp_path / "whole", files_of(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("name", ["run.json.tmp", "checkpoints/.tmpA1b2C3", "checkpoints/000000000004.safetensors.tmp"])
+def test_temporary_files_of_a_killed_process_are_swept(tmp_path, name):
+    """safetensors writes under a name of its own, .tmp and six letters, before it renames."""
+    train(tmp_path / "whole", "adam", "every")
+    with interrupted_after(5):
+        train(tmp_path / "run", "adam", "every")
+    (tmp_path / "run" / name).write_bytes(b"torn")
+    train(tmp_path / "run", "adam", "every", resume=True)
+    assert_same_folder(tmp_path / "run", files_of(tmp_path / "whole"))
+
+
 def test_resume_without_a_run_begins_and_of_a_whole_run_changes_nothing(tmp_path):
     _, final = train(tmp_path / "run", resume=True)
     whole = files_of(tmp_path / "run")

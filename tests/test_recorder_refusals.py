@@ -123,8 +123,7 @@ def test_unknown_example_ids(ids, unknown):
     with pytest.raises(UnknownExample, match=rf"\[{unknown}\]"):
         within_step(recorder, recorder.optimizer.step, example_ids=ids)
     recorder = start()
-    for _ in range(3):
-        within_step(recorder, cross_entropy(recorder.model, BATCHES[0], 0).backward, recorder.optimizer.step)
+    train(recorder)
     # Ids of a step that is not replayed at once may be looked up later, but before the run is handed over.
     with pytest.raises(UnknownExample, match=rf"\[{unknown}\]"):
         finish_with(recorder, ids)
@@ -208,7 +207,8 @@ def test_gradient_that_is_not_finite_is_reported(step):
         if now == step:
             model[0].weight.grad[0, 0] = torch.inf
 
-    with pytest.raises((NonFinite, ReplayMismatch), match=rf"step ({step}|{step + 1}) "):
+    # One infinite weight of a saturated unit takes some steps to reach the parameter that is watched.
+    with pytest.raises(NonFinite, match=rf"non-finite.*step ({'|'.join(str(step + later) for later in range(4))})\b"):
         train_to_the_end(start(), inside=spoil)
 
 

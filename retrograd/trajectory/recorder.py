@@ -207,7 +207,7 @@ class Recorder:
             refuse_hooks(self.model, optimizer, ours=1)
             _refuse_scaler()
         self._hyper = tuple(
-            self._rule.hyper_from_torch(group, optimizer.state.get(_first_with_gradient(group), {}))
+            self._rule.hyper_from_torch(group, _state_of_first_with_gradient(optimizer, group))
             for group in optimizer.param_groups
         )
 
@@ -228,8 +228,8 @@ class Recorder:
         if not difference <= trajectory.tolerance:
             raise ReplayMismatch(
                 f"step {number} does not replay: parameters, optimizer slots or buffers differ by {difference:.1e} of what the "
-                f"step changed (allowed: {trajectory.tolerance:.0e}). The loop did something the record does not know. Compare the "
-                "task's losses with the loop's loss (same reduction: a mean over the batch); tell the recorder of gradient "
+                f"step changed (allowed: {trajectory.tolerance:.0e}). The loop did something the record does not know. "
+                "Compare the task's losses with the loop's loss (same reduction: a mean over the batch); tell the recorder of gradient "
                 "clipping (clip_norm=) and of example weights (step(ids, weights=...)); move random augmentation and "
                 "regularisation terms into the task's losses."
             )
@@ -380,9 +380,9 @@ class _Writer:
         self._pool.shutdown()
 
 
-def _first_with_gradient(group: dict[str, Any]) -> Tensor | None:
+def _state_of_first_with_gradient(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     # A parameter without gradient is not stepped, so its count of steps stands still.
-    return next((leaf for leaf in group["params"] if leaf.grad is not None), None)
+    return next((optimizer.state.get(leaf, {}) for leaf in group["params"] if leaf.grad is not None), {})
 
 
 def step_seed(seed: int, number: int) -> int:
