@@ -4,6 +4,7 @@
 raises measurement q. Unit: that of the measurement, per unit of example weight. Orientation: (query, example), always.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,8 @@ class Scores:
         import pyarrow.parquet as pq
 
         columns = {"example_id": self.example_ids.numpy()}
-        columns |= {f"query_{int(query)}": row.numpy() for query, row in zip(self.query_ids, self.values.cpu(), strict=True)}
+        values = self.values.cpu().float() if self.values.dtype == torch.bfloat16 else self.values.cpu()
+        columns |= {f"query_{int(query)}": row.numpy() for query, row in zip(self.query_ids, values, strict=True)}
         about = {
             "method": self.method,
             "unit": self.unit,
@@ -142,6 +144,7 @@ class Scores:
             "counterfactual": [self.counterfactual.keep, self.counterfactual.removal, self.counterfactual.seeds],
             "notes": dict(self.notes),
         }
+        about["digest"] = _digest(columns, about)
         table = pa.table(columns).replace_schema_metadata({"retrograd": json.dumps(about)})
         target = Path(path)
         temporary = target.with_name(target.name + ".tmp")
@@ -161,11 +164,14 @@ class Scores:
         try:
             table = pq.ParquetFile(path, page_checksum_verification=True).read()
             about = json.loads(table.schema.metadata[b"retrograd"])
-            queries = [name for name in table.column_names if name.startswith("query_")]
-            values = np.stack([table.column(name).to_numpy() for name in queries])
+            columns = {name: table.column(name).to_numpy() for name in table.column_names}
+            if about.pop("digest") != _digest(columns, about):
+                raise ValueError("its contents do not have the digest that is written with them")
+            queries = [name for name in columns if name.startswith("query_")]
+            values = np.stack([columns[name] for name in queries])
             return Scores(
                 torch.from_numpy(values),
-                torch.from_numpy(table.column("example_id").to_numpy().copy()),
+                torch.from_numpy(columns["example_id"].copy()),
                 torch.tensor([int(name.removeprefix("query_")) for name in queries]),
                 about["method"],
                 about["unit"],
@@ -175,7 +181,7 @@ class Scores:
             )
         except FileNotFoundError:
             raise
-        except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, OverflowError) as error:
             raise CorruptRecord(f"{path} is not a whole table of scores: {error}") from error
 
     def _row(self, query: int) -> int:
@@ -183,3 +189,10 @@ class Scores:
         if not len(found):
             raise UnknownExample(f"there is no query {query}. Query ids: {self.query_ids.tolist()[:10]}.")
         return int(found[0])
+
+
+def _digest(columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
+    hasher = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, column in columns.items():
+        hasher.update(f"{name}:{column.dtype};".encode() + np.ascontiguousarray(column).tobytes())
+    return hasher.hexdigest()

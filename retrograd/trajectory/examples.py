@@ -31,7 +31,8 @@ class Examples:
     def __init__(self, data: Any, ids: Sequence[int] | Tensor | None = None, collate: Callable[[list], Any] | None = None):
         self.data = data.tensors if isinstance(data, TensorDataset) else data
         self._columns = _columns(self.data)
-        if self._columns is None and not (hasattr(data, "__len__") and hasattr(data, "__getitem__")):
+        rows = hasattr(data, "__len__") and hasattr(data, "__getitem__") and not isinstance(data, Tensor)
+        if self._columns is None and not rows:
             raise InputError(
                 f"a data set of type {type(data).__name__} has no rows. Allowed: tensors with one row an example (also a "
                 "tuple, list or dict of them), a TensorDataset, or an object with len(data) and data[row]."
@@ -91,15 +92,13 @@ class Examples:
         """
         if self._digests is None:
             if self._columns is not None:
-                arrays = [column.detach().cpu().contiguous().numpy() for column in self._columns]
-                heads = [f"{array.dtype}{array.shape[1:]}".encode() for array in arrays]
+                names = sorted(self.data) if isinstance(self.data, Mapping) else range(len(self._columns))
+                columns = {name: self.data[name] if isinstance(self.data, Mapping) else self._columns[name] for name in names}
+                heads = [f"{name}:{column.dtype}{tuple(column.shape[1:])}".encode() for name, column in columns.items()]
+                rows = [_row_bytes(column) for column in columns.values()]
                 self._digests = [
-                    hashlib.sha256(
-                        b"".join(
-                            part for head, array in zip(heads, arrays, strict=True) for part in (head, array[row].tobytes())
-                        )
-                    ).digest()
-                    for row in range(self._count)
+                    hashlib.sha256(b"".join(head + row for head, row in zip(heads, own, strict=True))).digest()
+                    for own in zip(*rows, strict=True)
                 ]
             else:
                 if _digest(self.data[0]) != _digest(self.data[0]):
@@ -121,9 +120,15 @@ def root_digest(ids: Tensor, contents: Sequence[bytes]) -> str:
     return hashlib.sha256(ids.numpy().tobytes() + b"".join(contents)).hexdigest()
 
 
+def _row_bytes(column: Tensor) -> list[bytes]:
+    """The raw bytes of each row."""
+    flat = column.detach().cpu().reshape(len(column), -1).contiguous().view(torch.uint8).numpy()
+    return [row.tobytes() for row in flat]
+
+
 def _columns(data: Any) -> list[Tensor] | None:
     if isinstance(data, Tensor):
-        return [data]
+        return [data] if data.dim() > 0 else None
     values = list(data.values()) if isinstance(data, Mapping) else list(data) if isinstance(data, tuple | list) else []
     return values if values and all(isinstance(value, Tensor) and value.dim() > 0 for value in values) else None
 
@@ -131,7 +136,7 @@ def _columns(data: Any) -> list[Tensor] | None:
 def _digest(item: Any) -> bytes:
     """SHA-256 of nested containers of tensors, arrays, numbers and text."""
     if isinstance(item, Tensor):
-        item = item.detach().cpu().numpy()
+        return hashlib.sha256(f"{item.dtype}{tuple(item.shape)}".encode() + _row_bytes(item[None])[0]).digest()
     if isinstance(item, np.ndarray | np.generic):
         array = np.ascontiguousarray(item)
         return hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).digest()

@@ -17,7 +17,7 @@ from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.recorder import Recorder, check_same_run
 from retrograd.trajectory.schedule import Schedule, Sqrt
 from retrograd.trajectory.store import RunFolder
-from retrograd.trajectory.trajectory import Trajectory, to_device
+from retrograd.trajectory.trajectory import StepRecord, Trajectory, to_device
 from retrograd.trajectory.update_map import UpdateMap
 from retrograd.update_rules import UpdateRule, rule_named
 
@@ -121,28 +121,30 @@ def record(
     in_groups = {id(leaf) for group in made.param_groups for leaf in group["params"]}
     trained = [leaf for leaf in model.parameters() if id(leaf) in in_groups]
     device = trained[0].device
-    remaining = range(recorder.steps_done, len(steps))
-    for number in track(remaining, "training"):
-        ids = steps[number]
-        batch = to_device(examples.batch(ids), device)
-        step_weights = None if weights is None else weights[examples.rows(ids)]
+    try:
+        _check_continued(recorder.records, steps)
+        for number in track(range(recorder.steps_done, len(steps)), "training"):
+            ids = steps[number]
+            batch = to_device(examples.batch(ids), device)
+            step_weights = None if weights is None else weights[examples.rows(ids)]
+            for group, own in zip(made.param_groups, own_rates, strict=True):
+                group["lr"] = rate_scale * (own if learning_rates is None else float(learning_rates[number]))
+            with recorder.step(ids, step_weights) as step:
+                made.zero_grad()
+                on_device = None if step_weights is None else step_weights.to(device)
+                loss = weighted_loss(task, model, batch, on_device, len(ids))
+                step.loss = loss.item()
+                if not math.isfinite(step.loss):
+                    raise NonFinite(f"the loss of step {number} is {step.loss}. Lower the learning rate or set clip_norm=.")
+                loss.backward()
+                if clip_norm is not None:
+                    torch.nn.utils.clip_grad_norm_(trained, clip_norm)
+                made.step()
+        return recorder.finish()
+    finally:
+        recorder.close()
         for group, own in zip(made.param_groups, own_rates, strict=True):
-            group["lr"] = rate_scale * (own if learning_rates is None else float(learning_rates[number]))
-        with recorder.step(ids, step_weights) as step:
-            made.zero_grad()
-            loss = weighted_loss(task, model, batch, None if step_weights is None else step_weights.to(device), len(ids))
-            step.loss = loss.item()
-            if not math.isfinite(step.loss):
-                raise NonFinite(
-                    f"the loss of step {number} is {step.loss}. Lower the learning rate or clip gradients (clip_norm=)."
-                )
-            loss.backward()
-            if clip_norm is not None:
-                torch.nn.utils.clip_grad_norm_(trained, clip_norm)
-            made.step()
-    for group, own in zip(made.param_groups, own_rates, strict=True):
-        group["lr"] = own
-    return recorder.finish()
+            group["lr"] = own
 
 
 def open_run(
@@ -205,6 +207,18 @@ def open_run(
         tolerance=manifest["tolerance"],
         counterfactual=Counterfactual(*manifest["counterfactual"]),
     )
+
+
+def _check_continued(records: Sequence[StepRecord], steps: list[Tensor]) -> None:
+    """Compare the steps of a resumed run with those that are asked for now."""
+    if len(records) > len(steps):
+        raise InputError(f"the run in the folder already has {len(records)} steps; {len(steps)} are asked for.")
+    for number, (record, ids) in enumerate(zip(records, steps, strict=False)):
+        if not torch.equal(record.example_ids, ids):
+            raise InputError(
+                f"the run in the folder made step {number} with another batch. To continue a run, give the same epochs, "
+                "batch_size, order and seed."
+            )
 
 
 def _steps(

@@ -131,6 +131,7 @@ class Recorder:
         self._mark = smallest(self._trained)
         self._pending: list[tuple[Tensor, Tensor | None, tuple[dict[str, float], ...], int, Tensor | float | None, Tensor]] = []
         self._hyper: tuple[dict[str, float], ...] | None = None
+        self._inside = self._looked = False
         self._writer = _Writer()
         self._chain: list[str] = []
         if resume and self._folder is not None and self._folder.exists():
@@ -144,6 +145,11 @@ class Recorder:
     def steps_done(self) -> int:
         """Number of steps that are recorded; after ``resume`` the loop goes on with this step."""
         return len(self._trajectory.records) + len(self._pending)
+
+    @property
+    def records(self) -> list[StepRecord]:
+        """The steps that are recorded and settled; after ``resume``, those that were read from the folder."""
+        return self._trajectory.records
 
     # ------------------------------------------------------------------ one step
 
@@ -169,8 +175,12 @@ class Recorder:
             )
         before = self._live_state(number).clone() if self._is_checked(number) else None
         self._hyper, handle, seed = None, Step(), step_seed(self.seed, number)
-        with seeded(seed, self._trained):
-            yield handle
+        self._inside = True
+        try:
+            with seeded(seed, self._trained):
+                yield handle
+        finally:
+            self._inside = False
         if self._hyper is None:
             raise UnsupportedTraining(
                 f"step {number} made no update: optimizer.step() must be called inside recorder.step(...)."
@@ -187,23 +197,32 @@ class Recorder:
 
     def finish(self) -> Trajectory:
         """Write what is left and return the recorded run."""
-        self._hook.remove()
-        if self.steps_done:
-            self._store(last=True)
-        self._writer.close()
+        try:
+            if self.steps_done:
+                self._store(last=True)
+        finally:
+            self.close()
         if self._folder is not None:
             self._folder.write_manifest(self._manifest("complete"))
         return self._trajectory
+
+    def close(self) -> None:
+        """Let go of the optimizer without finishing; what is on disk can be resumed. `finish` does this by itself."""
+        self._hook.remove()
+        self._writer.close()
 
     # ------------------------------------------------------------------ checks
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         number = self.steps_done
+        if not self._inside:
+            raise UnsupportedTraining(f"optimizer.step() was called after step {number - 1}, outside of recorder.step(...).")
         if self._hyper is not None:
             raise UnsupportedTraining(
                 f"step {number} calls optimizer.step() twice; wrap each update in its own recorder.step(...)."
             )
-        if not number:
+        if not self._looked:
+            self._looked = True
             refuse_hooks(self.model, optimizer, ours=1)
             _refuse_scaler()
         self._hyper = tuple(
@@ -229,8 +248,8 @@ class Recorder:
             raise ReplayMismatch(
                 f"step {number} does not replay: parameters, optimizer slots or buffers differ by {difference:.1e} of what the "
                 f"step changed (allowed: {trajectory.tolerance:.0e}). The loop did something the record does not know. "
-                "Compare the task's losses with the loop's loss (same reduction: a mean over the batch); tell the recorder of gradient "
-                "clipping (clip_norm=) and of example weights (step(ids, weights=...)); move random augmentation and "
+                "Compare the task's losses with the loop's loss (same reduction: a mean over the batch); tell the recorder of "
+                "gradient clipping (clip_norm=) and of example weights (step(ids, weights=...)); move random augmentation and "
                 "regularisation terms into the task's losses."
             )
         trajectory.drift = max(trajectory.drift, difference)
@@ -277,6 +296,12 @@ class Recorder:
         self._settle()
         trajectory, folder = self._trajectory, self._folder
         state = self._live_state(len(trajectory.records)).clone()
+        wrong = [name for name, leaf in state.params.items() if not torch.isfinite(leaf).all()]
+        if wrong:
+            raise NonFinite(
+                f"training became non-finite at step {state.step - 1} at the latest (parameter {wrong[0]}). The states stored "
+                "before are kept; lower the learning rate or clip gradients."
+            )
         if folder is None:
             keep_checkpoint(trajectory.checkpoints, self.schedule, state, last)
             return
@@ -375,9 +400,9 @@ class _Writer:
         self._last = self._pool.submit(job)
 
     def close(self) -> None:
+        self._pool.shutdown()
         if self._last is not None:
             self._last.result()
-        self._pool.shutdown()
 
 
 def _state_of_first_with_gradient(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
@@ -445,7 +470,8 @@ def _refuse_scaler() -> None:
     for _ in range(12):
         if frame is None:
             return
-        if isinstance(frame.f_locals.get("self"), torch.amp.GradScaler):
+        scaler = frame.f_locals.get("self")
+        if isinstance(scaler, torch.amp.GradScaler) and scaler.is_enabled():
             raise UnsupportedScaler(
                 "a GradScaler calls optimizer.step(): it rescales gradients and skips steps, which the record does not hold. "
                 "Train in float32 or bfloat16 without a scaler."

@@ -28,6 +28,7 @@ from retrograd.trajectory.state import TrainingState
 from retrograd.trajectory.trajectory import StepRecord
 
 FORMAT = 1
+_COLUMNS = ("step", "example_ids", "weights", "hyper", "seed", "loss", "witness", "digest", "state_digest")
 _LARGEST_MANIFEST = 1 << 26  # bytes; a manifest is names and shapes, so more than this is not one
 _MANIFEST_KEYS = {
     "format",
@@ -109,8 +110,8 @@ class RunFolder:
             CorruptRecord: examples, steps or states are missing, or there are others.
         """
         file = self.path / "data.parquet"
-        table = _read_table(file)
-        ids, contents = torch.tensor(table.column("id").to_pylist()), table.column("digest").to_pylist()
+        rows = _read_rows(file, "id", "digest")
+        ids, contents = torch.tensor([row["id"] for row in rows]), [row["digest"] for row in rows]
         if root_digest(ids, contents) != manifest["data"]["root"]:
             raise CorruptRecord(f"{file} was altered: it does not have the digest that the manifest gives.")
         if len(records) != manifest["steps"] or (records and self.head != manifest["head"]):
@@ -121,10 +122,9 @@ class RunFolder:
 
     def _write_data(self, examples: Examples) -> None:
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
-        table = pa.table({"id": examples.ids.tolist(), "digest": pa.array(examples.digests(), pa.binary(32))})
-        _replace(self.path / "data.parquet", lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+        columns = {"id": examples.ids.tolist(), "digest": pa.array(examples.digests(), pa.binary(32))}
+        _write_rows(self.path / "data.parquet", columns)
 
     # ------------------------------------------------------------------ steps
 
@@ -138,7 +138,6 @@ class RunFolder:
             state_digest: digest of the state after the last of them, if that state is about to be stored.
         """
         import pyarrow as pa
-        import pyarrow.parquet as pq
 
         columns = {
             "step": pa.array(range(first, first + len(records)), pa.int64()),
@@ -153,9 +152,7 @@ class RunFolder:
             "digest": pa.array(chain, pa.string()),
             "state_digest": pa.array([None] * (len(records) - 1) + [state_digest], pa.string()),
         }
-        table = pa.table(columns)
-        table = table.replace_schema_metadata({"digest": _json_digest(table.to_pylist())})
-        _replace(self._part(first), lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+        _write_rows(self._part(first), columns)
         if state_digest is not None:
             self._expected[first + len(records)] = state_digest
 
@@ -168,10 +165,7 @@ class RunFolder:
         records: list[StepRecord] = []
         previous = genesis
         for part in self._parts():
-            table = _read_table(part)
-            rows = table.to_pylist()
-            if (table.schema.metadata or {}).get(b"digest", b"").decode(errors="replace") != _json_digest(rows):
-                raise CorruptRecord(f"{part} was altered: its rows do not have the digest that is written with them.")
+            rows = _read_rows(part, *_COLUMNS)
             for row in rows:
                 if row["step"] != len(records):
                     raise CorruptRecord(f"{part} begins at step {row['step']}, but the steps before it end at {len(records)}.")
@@ -217,7 +211,7 @@ class RunFolder:
 
         # One memory may stand behind two names (tied buffers); the file holds each name's values on its own.
         tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in state.tensors().items()}
-        note = {"format": str(FORMAT), "step": str(state.step)}
+        note = {"step": str(state.step)}  # one key: safetensors writes several in random order
         _replace(self._checkpoint(state.step), lambda temporary: save_file(tensors, temporary, note))
 
     def load(self, step: int) -> TrainingState:
@@ -251,7 +245,8 @@ class RunFolder:
 
     def clean(self) -> None:
         """Delete temporary files that a killed process left."""
-        for torn in self.path.glob("**/*.tmp"):
+        # safetensors writes through temporary files of its own, named .tmp…
+        for torn in (*self.path.glob("**/*.tmp"), *self.path.glob("checkpoints/.tmp*")):
             torn.unlink()
 
     def _checkpoint(self, step: int) -> Path:
@@ -274,7 +269,8 @@ def _json_digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _read_table(file: Path) -> Any:
+def _read_rows(file: Path, *columns: str) -> list[dict[str, Any]]:
+    """Read a table with these columns and compare it with the digest in its own metadata, if it has one."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -282,6 +278,25 @@ def _read_table(file: Path) -> Any:
         raise CorruptRecord(f"{file} is missing.")
     try:
         # A part must be read as the one file it is: as a data set, the folder's name would be parsed for partitions.
-        return pq.ParquetFile(file, page_checksum_verification=True).read()
-    except (pa.ArrowException, OSError, ValueError) as error:
+        table = pq.ParquetFile(file, page_checksum_verification=True).read()
+        rows = table.select(list(columns)).to_pylist()
+        digest = (table.schema.metadata or {})[b"digest"].decode()
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError, TypeError) as error:
         raise CorruptRecord(f"{file} is torn: {error}") from error
+    if digest != _rows_digest(rows):
+        raise CorruptRecord(f"{file} was altered: its rows do not have the digest that is written with them.")
+    return rows
+
+
+def _write_rows(file: Path, columns: dict[str, Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(columns)
+    table = table.replace_schema_metadata({"digest": _rows_digest(table.to_pylist())})
+    _replace(file, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+def _rows_digest(rows: list[dict[str, Any]]) -> str:
+    plain = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
+    return _json_digest(plain)
