@@ -88,7 +88,8 @@ class Unrolled:
 
     def costates(self, run: Trajectory, cotangents: StateVectors) -> Iterator[tuple[int, StateVectors]]:
         """Yield ``(t, λ_t)`` from t = T−1 down to 0 (or to T − last); each λ_t is valid until the next one."""
-        for _, step, pullback in self.sweep(run, cotangents, Notes()):
+        own = cotangents.map(torch.clone)  # the sweep works in place
+        for _, step, pullback in self.sweep(run, own, Notes()):
             yield step, pullback.costates
 
     def sweep(self, run: Trajectory, cotangents: StateVectors, notes: Notes) -> Iterator[tuple[StepInputs, int, Pullback]]:

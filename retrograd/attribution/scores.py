@@ -91,7 +91,7 @@ class Scores:
         ]
 
     def predicted_change(self, removed: Sequence[int] | Tensor) -> Float[Tensor, " query"]:
-        """Predict how each measurement changes when these examples are removed: minus the sum of their scores.
+        """Predict how each measurement changes when these examples, of weight 1, are removed: minus the sum of their scores.
 
         Args:
             removed: ids of the removed examples, each at most once.

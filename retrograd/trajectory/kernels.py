@@ -5,6 +5,8 @@ Inside `twice_differentiable` some functions of torch are computed another way, 
 * **batch normalisation** with running statistics: the fused kernel updates and reads them outside of autograd, so all
   derivatives through them would be lost. Here both are plain arithmetic.
 * **scaled dot-product attention**: the fused kernels have no second derivative; the plain form has.
+* **instance, group and weight normalisation**: fused kernels whose second derivative is missing, fails in batches, or (weight
+  normalisation in torch 2.13) is wrong. Plain arithmetic here.
 * **softmax** p = σ(x): x̄ = p ∘ (p̄ − ⟨p, p̄⟩). Pulled back through that map, a cotangent u gives, with c = ⟨p, u⟩,
   d = ⟨p, p̄⟩ and v = p ∘ u ∘ (p̄ − d) − c p ∘ p̄,
 
@@ -70,6 +72,10 @@ class _SecondDerivatives(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is getattr(torch, "_weight_norm", None):
+            return _weight_norm(*args, **kwargs)
+        if func is F.instance_norm:
+            return _instance_norm(*args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
         if self.own_functions and func in _ACTIVATIONS and not kwargs.get("inplace", False) and len(args) == 1:
@@ -78,6 +84,8 @@ class _SecondDerivatives(TorchFunctionMode):
             return _attention(*args, **kwargs)
         if self.own_functions and func is F.layer_norm:
             return _layer_norm(*args, **kwargs)
+        if self.own_functions and func is F.group_norm:
+            return _group_norm(*args, **kwargs)
         if self.own_functions and func in _SOFTMAXES:
             return _softmax(*args, **kwargs)
         if func is F.cross_entropy:
@@ -85,6 +93,31 @@ class _SecondDerivatives(TorchFunctionMode):
         if self.own_functions and func in _CONVOLUTIONS:
             return _convolution(func, _CONVOLUTIONS[func], *args, **kwargs)
         return func(*args, **kwargs)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    # The second derivative of the fused kernel is wrong in torch 2.13 (its gradgradcheck fails).
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if running_mean is None or running_var is None:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+    if not use_input_stats:
+        return _batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    axes = list(range(2, input.dim()))
+    running_mean.mul_(1 - momentum).add_(momentum * input.mean(axes).mean(0))
+    running_var.mul_(1 - momentum).add_(momentum * input.var(axes, unbiased=True).mean(0))
+    return F.instance_norm(input, None, None, weight, bias, True, momentum, eps)
 
 
 def _batch_norm(
@@ -176,7 +209,9 @@ def _attention(
     return (F.dropout(probabilities, dropout_p) if dropout_p else probabilities) @ value
 
 
-def _softmax(input: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+def _softmax(input: Tensor, dim: int, *options: Any, dtype: torch.dtype | None = None, _stacklevel: int = 3) -> Tensor:
+    # torch.softmax takes the dtype third, functional.softmax after a stack level.
+    dtype = next((option for option in options if isinstance(option, torch.dtype)), dtype)
     input = input if dtype is None else input.to(dtype)
     return _Softmax.apply(input.movedim(dim, -1)).movedim(-1, dim)
 
@@ -229,6 +264,16 @@ def _layer_norm(
     output = _Normalise.apply(flat, eps).view_as(input)
     output = output if weight is None else output * weight
     return output if bias is None else output + bias
+
+
+def _group_norm(
+    input: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
+) -> Tensor:
+    # The second derivative of the fused kernel fails in batches of cotangents.
+    shape = [1, -1] + [1] * (input.dim() - 2)
+    output = _Normalise.apply(input.reshape(len(input), num_groups, -1), eps).view_as(input)
+    output = output if weight is None else output * weight.view(shape)
+    return output if bias is None else output + bias.view(shape)
 
 
 class _Normalise(torch.autograd.Function):

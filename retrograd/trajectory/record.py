@@ -14,7 +14,8 @@ from retrograd.progress import track
 from retrograd.task import CoupledTask, Task, weighted_loss
 from retrograd.trajectory.counterfactual import Counterfactual, Removal, Seeds
 from retrograd.trajectory.examples import Examples
-from retrograd.trajectory.recorder import Recorder, check_same_run
+from retrograd.trajectory.recorder import Recorder
+from retrograd.trajectory.refusals import check_same_run
 from retrograd.trajectory.schedule import Schedule, Sqrt
 from retrograd.trajectory.store import RunFolder
 from retrograd.trajectory.trajectory import StepRecord, Trajectory, to_device

@@ -27,21 +27,21 @@ batch, on the batched route times the costates of a slice.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from retrograd.errors import InputError, NonFinite, NoSecondDerivative
+from retrograd.errors import InputError
 from retrograd.params import Params, Slots, batched_inner, count
 from retrograd.task import BoundModel, CoupledTask, Task, weighted_loss
 from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian
 from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState, map_batch
+from retrograd.trajectory.step_graph import Route, StepGraph, reverse_graph
 from retrograd.update_rules import Hyper, UpdateRule
 
-Route = Literal["batched", "loop"]
 _SCALARS_AT_ONCE = 1 << 21  # costates are reversed in slices of so many scalars: temporary memory then stays warm
 _CLIP_GUARD = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
 
@@ -123,7 +123,7 @@ class UpdateMap:
         if self._used is None:
             one = states.map(lambda leaf: leaf[0])
             batch = map_batch(lambda leaf: leaf[0], inputs.batch) if own_batches else inputs.batch
-            self._used = frozenset(_StepGraph(self, one, replace(inputs, batch=batch, weights=weights[0])).grads)
+            self._used = frozenset(StepGraph(self._loss, one, replace(inputs, batch=batch, weights=weights[0])).grads)
         used = self._used
 
         def step(params: Params, slots: Slots, buffers: Params, weights: Tensor, batch: object) -> tuple[Params, Slots, Params]:
@@ -137,7 +137,9 @@ class UpdateMap:
 
         axes = (0, 0, 0, 0, 0 if own_batches else None)
         stepped = torch.func.vmap(step, axes, randomness="same")
-        return TrainingState(*stepped(states.params, states.slots, states.buffers, weights, inputs.batch), states.step + 1)
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no batched form
+            new = stepped(states.params, states.slots, states.buffers, weights, inputs.batch)
+        return TrainingState(*new, states.step + 1)
 
     def update(self, params: Params, slots: Slots, grads: Params, hyper: tuple[Hyper, ...]) -> tuple[Params, Slots]:
         """Apply the update rule U. A parameter without gradient stays as it is, as in torch."""
@@ -187,7 +189,8 @@ class UpdateMap:
         Raises:
             NoSecondDerivative: a kernel of the model can be differentiated only once.
         """
-        graph = _StepGraph(self, state, inputs)
+        costates = self._with_all_slots(costates)
+        graph = StepGraph(self._loss, state, inputs)
         jacobians = self._rule_jacobians(state, graph.grads, inputs)
         written = [name for name in costates.buffers if name in graph.written]
         outputs = [*graph.grads.values(), *(graph.buffers_out[name] for name in written)]
@@ -201,7 +204,7 @@ class UpdateMap:
             carried, gamma = self._pull_through_rule(part, jacobians, graph.grads)
             cotangents = [*gamma.values(), *(part.buffers[name] for name in written)]
             last = start + size >= len(costates)
-            found = _reverse(outputs, [*sources.values(), graph.weights], cotangents, route, retain_graph=not last)
+            found = reverse_graph(outputs, [*sources.values(), graph.weights], cotangents, route, retain_graph=not last)
             products = dict(zip(sources, found, strict=False))
             if found[-1] is None:
                 raise InputError(f"the loss of {type(self.task).__name__} does not depend on the example weights it is given.")
@@ -234,6 +237,7 @@ class UpdateMap:
             tangents: δ_t, a leading axis ``tangent`` on every leaf.
             weight_tangents: v, the direction in which the example weights of this batch move.
         """
+        tangents = self._with_all_slots(tangents)
         ones = torch.ones(len(inputs.example_ids), dtype=_dtype(state.params))
         weights = ones if inputs.weights is None else inputs.weights.to(ones)
         moves = weights.new_zeros(len(tangents), len(weights)) if weight_tangents is None else weight_tangents.to(weights)
@@ -254,7 +258,7 @@ class UpdateMap:
 
         weights_now = weights
         grad_tangents, buffer_tangents = torch.func.vmap(push, randomness="same")(tangents.params, tangents.buffers, moves)
-        used = _StepGraph(self, state, inputs).grads
+        used = StepGraph(self._loss, state, inputs).grads
         grads = {name: leaf.detach() for name, leaf in used.items()}
         return self._push_through_rule(state, inputs, tangents, grads, grad_tangents, buffer_tangents)
 
@@ -311,6 +315,12 @@ class UpdateMap:
             jacobians[name] = elementwise_jacobian(self.rule, state.params[name], own, grad, inputs.hyper[self._group_of[name]])
         return jacobians
 
+    def _with_all_slots(self, vectors: StateVectors) -> StateVectors:
+        """Fill slots that are left out with zeros."""
+        missing = [slot for slot in self.rule.slots if slot not in vectors.slots]
+        zeros = {slot: {name: torch.zeros_like(leaf) for name, leaf in vectors.params.items()} for slot in missing}
+        return replace(vectors, slots={**vectors.slots, **zeros}) if missing else vectors
+
     def _clip(self, grads: Params) -> Params:
         if self.clip_norm is None or not grads:
             return grads
@@ -357,65 +367,6 @@ class UpdateMap:
         with _keeping_modes(self.model):
             self.model.eval()
             yield
-
-
-class _StepGraph:
-    """The graph of the batch gradient at one state, to be reversed once for every costate."""
-
-    def __init__(self, update_map: UpdateMap, state: TrainingState, inputs: StepInputs):
-        self.params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
-        self.buffers_in = {name: leaf.detach().requires_grad_(leaf.is_floating_point()) for name, leaf in state.buffers.items()}
-        self.buffers_out = {name: leaf.clone() for name, leaf in self.buffers_in.items()}
-        copies = dict(self.buffers_out)
-        dtype = _dtype(state.params)
-        size = len(inputs.example_ids)
-        given = torch.ones(size, dtype=dtype) if inputs.weights is None else inputs.weights.to(dtype)
-        self.weights = given.to(next(iter(state.params.values())).device).detach().requires_grad_()
-        versions = {name: leaf._version for name, leaf in copies.items()}
-        with twice_differentiable():
-            loss = update_map._loss(self.params, self.buffers_out, inputs, self.weights)
-            if not torch.isfinite(loss.detach()):
-                raise NonFinite(f"the loss of step {state.step} is {loss.item()}; a derivative through it means nothing.")
-            found = torch.autograd.grad(loss, list(self.params.values()), create_graph=True, allow_unused=True)
-        self.grads = {name: grad for name, grad in zip(self.params, found, strict=True) if grad is not None}
-        self.written = {
-            name for name, leaf in self.buffers_out.items() if leaf is not copies[name] or leaf._version != versions[name]
-        }
-
-
-def _reverse(
-    outputs: list[Tensor], inputs: list[Tensor], cotangents: list[Tensor], route: Route, retain_graph: bool
-) -> list[Tensor | None]:
-    """Vector-Jacobian products of all cotangents, stacked on a leading axis; None where there is no dependence."""
-    reachable = [(output, cotangent) for output, cotangent in zip(outputs, cotangents, strict=True) if output.requires_grad]
-    outputs, cotangents = [output for output, _ in reachable], [cotangent for _, cotangent in reachable]
-    try:
-        if route == "batched":
-            return list(
-                torch.autograd.grad(
-                    outputs, inputs, cotangents, allow_unused=True, is_grads_batched=True, retain_graph=retain_graph
-                )
-            )
-        count = len(cotangents[0])
-        products: list[Tensor | None] = [None] * len(inputs)
-        for index in range(count):
-            keep = retain_graph or index + 1 < count
-            own = [leaf[index] for leaf in cotangents]
-            found = torch.autograd.grad(outputs, inputs, own, allow_unused=True, retain_graph=keep)
-            for position, product in enumerate(found):
-                if product is not None:
-                    if products[position] is None:
-                        products[position] = product.new_zeros(count, *product.shape)
-                    products[position][index] = product  # type: ignore[index]
-        return products
-    except RuntimeError as error:
-        if "is not implemented" not in str(error) and "once_differentiable" not in str(error):
-            raise
-        raise NoSecondDerivative(
-            f"differentiating through training needs the second derivative of every operation of the model, and one has "
-            f"none: {error} Use the operation's plain form in the model (for attention, "
-            "torch.nn.functional.scaled_dot_product_attention is switched to it by itself)."
-        ) from error
 
 
 @contextmanager
