@@ -51,7 +51,7 @@ from retrograd.trajectory.trajectory import (
     keep_checkpoint,
     smallest,
     to_device,
-    witness,
+    witnesses,
 )
 from retrograd.trajectory.update_map import UpdateMap, seeded
 from retrograd.update_rules import TorchRule, rule_of
@@ -279,9 +279,9 @@ class Recorder:
             return
         self._trajectory.examples.rows(torch.cat([ids for ids, *_ in self._pending]))
         pending, self._pending = self._pending, []
-        for ids, weights, hyper, seed, given, mark in pending:
+        marks = witnesses([mark for *_, mark in pending])
+        for (ids, weights, hyper, seed, given, _), found in zip(pending, marks, strict=True):
             loss = given.detach().item() if isinstance(given, Tensor) else given
-            found = witness(mark)
             if not math.isfinite(found) or (loss is not None and not math.isfinite(loss)):
                 raise NonFinite(
                     f"training became non-finite at step {len(self._trajectory.records)} (loss {loss}). The steps before "

@@ -37,7 +37,10 @@ def _simplest(coefficients: Tensor | None) -> _Coefficient:
 
 
 def combine(terms: list[tuple[_Coefficient, Tensor]], like: Tensor) -> Tensor:
-    """Σ coefficient · vector with as few passes over ``[query, P]`` as the coefficients allow; always fresh memory."""
+    """Σ coefficient · vector with as few passes over ``[query, P]`` as the coefficients allow.
+
+    The result is not to be written to: where there is nothing to do it is the vector itself.
+    """
     terms = [term for term in terms if not _is(term[0], 0.0)]
     terms.sort(key=lambda term: not _is(term[0], 1.0))
     if not terms:
@@ -48,7 +51,7 @@ def combine(terms: list[tuple[_Coefficient, Tensor]], like: Tensor) -> Tensor:
     elif rest:
         total = _plus(vector, *rest.pop(0))
     else:
-        total = vector.clone()
+        return vector
     for coefficient, other in rest:
         _plus(total, coefficient, other, out=total)
     return total

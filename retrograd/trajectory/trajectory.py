@@ -56,8 +56,14 @@ def witness(parameter: Tensor) -> float:
 
     A plain sum would not do: the gradients of a classifier's last bias add up to zero, whatever went into them.
     """
-    values = parameter.detach().double().flatten()
-    return (values @ torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device).cos()).item()
+    return witnesses([parameter])[0]
+
+
+def witnesses(parameters: Sequence[Tensor]) -> list[float]:
+    """The `witness` of several values of the same parameter; summed exactly, so that the order of sums plays no part."""
+    values = torch.stack([leaf.detach().flatten() for leaf in parameters]).double()
+    fixed = torch.arange(1, values.shape[1] + 1, dtype=torch.float64, device=values.device).cos()
+    return [math.fsum(row) for row in (values * fixed).tolist()]
 
 
 @runtime_checkable

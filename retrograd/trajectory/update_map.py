@@ -211,7 +211,7 @@ class UpdateMap:
             scores[rows] = found[-1]
             for name, direct in carried.params.items():
                 product = products[name]
-                target.params[name][rows] = direct if product is None else direct.add_(product)
+                torch.add(direct, 0.0 if product is None else product, out=target.params[name][rows])
             for slot, leaves in carried.slots.items():
                 for name, leaf in leaves.items():
                     target.slots[slot][name][rows] = leaf
@@ -272,7 +272,7 @@ class UpdateMap:
         for name, leaf in costates.params.items():
             outgoing = {"parameter": leaf, **{slot: leaves[name] for slot, leaves in costates.slots.items()}}
             if name not in jacobians:
-                pulled = {source: vector.clone() for source, vector in outgoing.items()}
+                pulled = outgoing
             else:
                 pulled = {}
                 for source in (*outgoing, "gradient"):
