@@ -293,12 +293,13 @@ class Recorder:
         self._settle()
         trajectory, folder = self._trajectory, self._folder
         state = self._live_state(len(trajectory.records)).clone()
-        wrong = [name for name, leaf in state.params.items() if not torch.isfinite(leaf).all()]
-        if wrong:
-            raise NonFinite(
-                f"training became non-finite at step {state.step - 1} at the latest (parameter {wrong[0]}). The states stored "
-                "before are kept; lower the learning rate or clip gradients."
-            )
+        if not torch.isfinite(torch.nn.utils.get_total_norm(state.params.values())):  # one look at all; it may overflow
+            wrong = [name for name, leaf in state.params.items() if not torch.isfinite(leaf).all()]
+            if wrong:
+                raise NonFinite(
+                    f"training became non-finite at step {state.step - 1} at the latest (parameters {wrong[:3]}). The states "
+                    "stored before are kept; lower the learning rate or clip gradients."
+                )
         if folder is None:
             keep_checkpoint(trajectory.checkpoints, self.schedule, state, last)
             return

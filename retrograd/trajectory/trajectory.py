@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
@@ -62,8 +63,12 @@ def witness(parameter: Tensor) -> float:
 def witnesses(parameters: Sequence[Tensor]) -> list[float]:
     """The `witness` of several values of the same parameter; summed exactly, so that the order of sums plays no part."""
     values = torch.stack([leaf.detach().flatten() for leaf in parameters]).double()
-    fixed = torch.arange(1, values.shape[1] + 1, dtype=torch.float64, device=values.device).cos()
-    return [math.fsum(row) for row in (values * fixed).tolist()]
+    return [math.fsum(row) for row in (values * _fixed(values.shape[1], values.device)).tolist()]
+
+
+@lru_cache
+def _fixed(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float64, device=device).cos()
 
 
 @runtime_checkable
