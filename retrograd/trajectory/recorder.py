@@ -56,6 +56,8 @@ from retrograd.trajectory.trajectory import (
 from retrograd.trajectory.update_map import UpdateMap, seeded
 from retrograd.update_rules import TorchRule, rule_of
 
+_SETTLED_TOGETHER = 256  # steps; what a memory recording has not settled yet waits for that many
+
 
 class Step:
     """Handle of the step that is being recorded; set `loss` to have it in the record."""
@@ -114,7 +116,7 @@ class Recorder:
         in_groups = {name for group in self._groups for name in group}
         self._trained = {name: leaf for name, leaf in self._params.items() if name in in_groups}
         self._watched = [*self._params.values(), *model.buffers()]
-        evaluation = [name for name, module in model.named_modules() if name and not module.training]
+        evaluation = [name for name, module in model.named_modules() if not module.training]
         self._trajectory = Trajectory(
             UpdateMap(model, task, rule, self._groups, clip_norm, evaluation),
             Examples.of(dataset),
@@ -290,9 +292,10 @@ class Recorder:
             self._trajectory.records.append(StepRecord(ids, weights, hyper, seed, loss, found))
 
     def _store(self, last: bool) -> None:
-        self._settle()
         trajectory, folder = self._trajectory, self._folder
-        state = self._live_state(len(trajectory.records)).clone()
+        if folder is not None or last or len(self._pending) >= _SETTLED_TOGETHER:
+            self._settle()
+        state = self._live_state(self.steps_done).clone()
         if not torch.isfinite(torch.nn.utils.get_total_norm(state.params.values())):  # one look at all; it may overflow
             wrong = [name for name, leaf in state.params.items() if not torch.isfinite(leaf).all()]
             if wrong:
