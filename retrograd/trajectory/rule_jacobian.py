@@ -6,8 +6,8 @@ from torch import Tensor
 from retrograd.params import Params
 from retrograd.update_rules import Hyper, UpdateRule
 
-_Coefficient = Tensor | float
-Jacobian = dict[str, dict[str, _Coefficient]]
+Coefficient = Tensor | float
+Jacobian = dict[str, dict[str, Coefficient]]
 
 
 def elementwise_jacobian(rule: UpdateRule, parameter: Tensor, slots: Params, gradient: Tensor, hyper: Hyper) -> Jacobian:
@@ -29,14 +29,14 @@ def elementwise_jacobian(rule: UpdateRule, parameter: Tensor, slots: Params, gra
     return jacobian
 
 
-def _simplest(coefficients: Tensor | None) -> _Coefficient:
+def _simplest(coefficients: Tensor | None) -> Coefficient:
     if coefficients is None:
         return 0.0
     first = coefficients.flatten()[0]
     return first.item() if bool((coefficients == first).all()) else coefficients.detach()
 
 
-def combine(terms: list[tuple[_Coefficient, Tensor]], like: Tensor) -> Tensor:
+def combine(terms: list[tuple[Coefficient, Tensor]], like: Tensor) -> Tensor:
     """Σ coefficient · vector with as few passes over ``[query, P]`` as the coefficients allow.
 
     The result is not to be written to: where there is nothing to do it is the vector itself.
@@ -57,11 +57,28 @@ def combine(terms: list[tuple[_Coefficient, Tensor]], like: Tensor) -> Tensor:
     return total
 
 
-def _plus(total: Tensor, coefficient: _Coefficient, vector: Tensor, out: Tensor | None = None) -> Tensor:
+def share(terms: list[tuple[Coefficient, Tensor]], whole: list[tuple[Coefficient, Tensor]]) -> float | None:
+    """Return r with Σ terms = r Σ whole to rounding, for two combinations of the same vectors, or None if there is no such number.
+
+    With momentum, what a slot's costate becomes is such a share of γ: one pass over ``[query, P]`` instead of three.
+    """
+    ratio = None
+    for (part, vector), (all_of_it, _) in zip(terms, whole, strict=True):
+        if isinstance(part, Tensor) or isinstance(all_of_it, Tensor) or (all_of_it == 0.0) != (part == 0.0):
+            return None
+        if all_of_it != 0.0:
+            own = part / all_of_it
+            if ratio is not None and abs(own - ratio) > 4 * torch.finfo(vector.dtype).eps * abs(ratio):
+                return None
+            ratio = own
+    return ratio
+
+
+def _plus(total: Tensor, coefficient: Coefficient, vector: Tensor, out: Tensor | None = None) -> Tensor:
     if isinstance(coefficient, Tensor):
         return torch.addcmul(total, coefficient, vector, out=out)
     return torch.add(total, vector, alpha=coefficient, out=out)
 
 
-def _is(coefficient: _Coefficient, number: float) -> bool:
+def _is(coefficient: Coefficient, number: float) -> bool:
     return isinstance(coefficient, float) and coefficient == number

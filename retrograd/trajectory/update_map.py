@@ -37,7 +37,7 @@ from retrograd.errors import InputError
 from retrograd.params import Params, Slots, batched_inner, count
 from retrograd.task import BoundModel, CoupledTask, Task, weighted_loss
 from retrograd.trajectory.kernels import twice_differentiable
-from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian
+from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian, share
 from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState, map_batch
 from retrograd.trajectory.step_graph import Route, StepGraph, reverse_graph
 from retrograd.update_rules import Hyper, UpdateRule
@@ -275,10 +275,14 @@ class UpdateMap:
                 pulled = outgoing
             else:
                 pulled = {}
-                for source in (*outgoing, "gradient"):
-                    terms = [(jacobians[name][target][source], vector) for target, vector in outgoing.items()]
-                    pulled[source] = combine(terms, leaf)
-                gamma[name] = pulled["gradient"]
+                terms = {
+                    source: [(jacobians[name][target][source], vector) for target, vector in outgoing.items()]
+                    for source in (*outgoing, "gradient")
+                }
+                gamma[name] = combine(terms["gradient"], leaf)
+                for source in outgoing:
+                    ratio = None if source == "parameter" else share(terms[source], terms["gradient"])
+                    pulled[source] = combine(terms[source], leaf) if ratio is None else gamma[name] * ratio
             params[name] = pulled["parameter"]
             for slot in costates.slots:
                 slots[slot][name] = pulled[slot]
