@@ -169,7 +169,7 @@ class NextToken:
     measurements = losses
 
 
-def gpt(steps: int = 32, queries: int = 16) -> Setting:
+def gpt(steps: int = 48, queries: int = 16) -> Setting:
     file = DATA / "shakespeare" / "input.txt"
     if not file.is_file():
         raise DataMissing(f"{file} is not there; set RETROGRAD_DATA to the folder of the data sets.")

@@ -118,7 +118,7 @@ def main() -> None:
         f"{'run':<14}{'queries':>8}{'cost/query':>12}{'route':>9}{'peak MB':>9}   (cost in training runs; closest peer {PEER})"
     )
     for name, queries in (("digits", 200),) if quick else (("digits", 200), ("mnist", 64), ("cnn", 16), ("gpt", 16)):
-        found = in_own_process(cost_of, name, 1 if quick else 5)
+        found = in_own_process(cost_of, name, 1 if quick else 3)
         if isinstance(found, str):
             print(f"{name:<14} left out: {found}")
             continue

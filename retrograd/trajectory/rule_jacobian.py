@@ -58,7 +58,7 @@ def combine(terms: list[tuple[Coefficient, Tensor]], like: Tensor) -> Tensor:
 
 
 def share(terms: list[tuple[Coefficient, Tensor]], whole: list[tuple[Coefficient, Tensor]]) -> float | None:
-    """Return r with Σ terms = r Σ whole to rounding, for two combinations of the same vectors, or None if there is no such number.
+    """Return r with Σ terms = r Σ whole (to rounding) for combinations of the same vectors, or None if there is no such number.
 
     With momentum, what a slot's costate becomes is such a share of γ: one pass over ``[query, P]`` instead of three.
     """
