@@ -32,7 +32,7 @@ class Counterfactual:
         seeds: whether retraining uses the ``"same"`` initial model, order and random numbers, or ``"fresh"`` ones. It
             does not change where one run is linearised; with fresh seeds, average several runs.
 
-    >>> Counterfactual(keep=0.5).matched_inputs()
+    >>> Counterfactual(keep=0.5, removal="deletion").matched_inputs()   # factors on learning rates and on weights
     (0.5, 1.0)
     >>> Counterfactual(keep=0.5, removal="zero_weight").matched_inputs()
     (1.0, 0.5)
