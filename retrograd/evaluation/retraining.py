@@ -81,7 +81,7 @@ def retrain(
     program = _zero_weight_steps if removal == "zero_weight" else _deletion_steps
     parts = kept.split(chunk)
     batch = to_device(asked.batch(asked.ids), run.device)
-    work = [(part, list(program(run, part, seed + index))) for index, part in enumerate(parts)]
+    work = [(part, list(program(run, part, seed * 1_000_003 + index * chunk))) for index, part in enumerate(parts)]
     total = [(part, step) for part, steps in work for step in steps]
     results: list[Tensor] = []
     states: TrainingState | None = None
@@ -124,7 +124,7 @@ def _deletion_steps(run: Trajectory, kept: Tensor, seed: int) -> Iterator[_Step]
     visits = sum(len(record.example_ids) for record in run.records)
     epochs = max(round(visits / len(run.examples)), 1)
     orders = [
-        batch_order(Examples(torch.zeros(len(ids)), ids), epochs, batch_size, seed * 1_000_003 + row)
+        batch_order(Examples(torch.zeros(len(ids)), ids), epochs, batch_size, seed + row)
         for row, ids in enumerate(run.examples.ids[mask] for mask in kept)
     ]
     length = len(orders[0])
