@@ -7,8 +7,8 @@ from retrograd.trajectory.record import batch_order, open_run, record
 from retrograd.trajectory.recorder import Recorder
 from retrograd.trajectory.roughness import Roughness, roughness
 from retrograd.trajectory.schedule import All, Every, Schedule, Sqrt, Treeverse
-from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState
-from retrograd.trajectory.trajectory import MemoryCheckpoints, Run, StepRecord, Trajectory
+from retrograd.trajectory.state import StateVectors, StepInputs, StepRecord, TrainingState
+from retrograd.trajectory.trajectory import MemoryCheckpoints, Run, Trajectory
 from retrograd.trajectory.update_map import Pullback, Route, UpdateMap
 
 __all__ = [

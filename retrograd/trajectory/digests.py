@@ -10,17 +10,14 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, is_dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from retrograd.trajectory.examples import Examples
-from retrograd.trajectory.state import TrainingState
+from retrograd.trajectory.state import StepRecord, TrainingState
 from retrograd.trajectory.update_map import UpdateMap
-
-if TYPE_CHECKING:
-    from retrograd.trajectory.trajectory import StepRecord
 
 
 def tensor_bytes(tensor: Tensor) -> bytes:
@@ -70,7 +67,7 @@ def genesis(update_map: UpdateMap, examples: Examples, initial: TrainingState) -
     return hashlib.sha256(f"{content}|{examples.root()}|{state_digest(initial)}".encode()).hexdigest()
 
 
-def link(previous: str, record: "StepRecord") -> str:
+def link(previous: str, record: StepRecord) -> str:
     """Return d_{t+1} from d_t and the record of step t."""
     weights = b"" if record.weights is None else tensor_bytes(record.weights)
     rest = json.dumps([[dict(own) for own in record.hyper], record.seed], sort_keys=True)
@@ -78,7 +75,7 @@ def link(previous: str, record: "StepRecord") -> str:
     return hashlib.sha256(b"|".join([previous.encode(), ids, weights, rest.encode()])).hexdigest()
 
 
-def chain(start: str, records: "Sequence[StepRecord]") -> list[str]:
+def chain(start: str, records: Sequence[StepRecord]) -> list[str]:
     """Return d_1 … d_T."""
     digests = []
     for record in records:

@@ -17,8 +17,9 @@ from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.recorder import Recorder
 from retrograd.trajectory.refusals import check_same_run
 from retrograd.trajectory.schedule import Schedule, Sqrt
+from retrograd.trajectory.state import StepRecord
 from retrograd.trajectory.store import RunFolder
-from retrograd.trajectory.trajectory import StepRecord, Trajectory, to_device
+from retrograd.trajectory.trajectory import Trajectory, to_device
 from retrograd.trajectory.update_map import UpdateMap
 from retrograd.update_rules import UpdateRule, rule_named
 

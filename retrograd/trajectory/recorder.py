@@ -42,11 +42,10 @@ from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.refusals import check_same_run, refuse_hooks, refuse_scaler
 from retrograd.trajectory.schedule import Schedule, Sqrt
-from retrograd.trajectory.state import StepInputs, TrainingState
+from retrograd.trajectory.state import StepInputs, StepRecord, TrainingState
 from retrograd.trajectory.store import FORMAT, RunFolder
 from retrograd.trajectory.trajectory import (
     MemoryCheckpoints,
-    StepRecord,
     Trajectory,
     keep_checkpoint,
     smallest,

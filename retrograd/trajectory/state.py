@@ -111,6 +111,27 @@ class StepInputs:
 
 
 @dataclass(frozen=True)
+class StepRecord:
+    """What is recorded of one step.
+
+    Attributes:
+        example_ids: ids of the batch, shape ``[B]`` int64.
+        weights: example weights, shape ``[B]`` float64, or None for all ones.
+        hyper: hyperparameters of each parameter group.
+        seed: seed of the step's random numbers.
+        loss: the loss before the step, if known.
+        witness: a cheap fingerprint of the parameters after the step (see `trajectory.witness`).
+    """
+
+    example_ids: Tensor
+    weights: Tensor | None
+    hyper: tuple[Hyper, ...]
+    seed: int
+    loss: float | None
+    witness: float | None
+
+
+@dataclass(frozen=True)
 class StateVectors:
     """A batch of vectors shaped like a state: tangents (pushed forward) or costates (pulled back).
 

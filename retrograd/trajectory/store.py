@@ -24,8 +24,7 @@ import torch
 from retrograd.errors import CorruptRecord, NotRecorded, RecordExists
 from retrograd.trajectory import digests
 from retrograd.trajectory.examples import Examples, root_digest
-from retrograd.trajectory.state import TrainingState
-from retrograd.trajectory.trajectory import StepRecord
+from retrograd.trajectory.state import StepRecord, TrainingState
 
 FORMAT = 1
 _COLUMNS = ("step", "example_ids", "weights", "hyper", "seed", "loss", "witness", "digest", "state_digest")

@@ -3,13 +3,13 @@
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from retrograd.errors import InputError, NonFinite, NotRecorded, ReplayDrift, ReplayMismatch
@@ -18,30 +18,8 @@ from retrograd.trajectory import digests
 from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.schedule import Schedule, reverse
-from retrograd.trajectory.state import ROUNDING, StepInputs, TrainingState, map_batch
+from retrograd.trajectory.state import ROUNDING, StepInputs, StepRecord, TrainingState, map_batch
 from retrograd.trajectory.update_map import UpdateMap
-from retrograd.update_rules import Hyper
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """What is recorded of one step.
-
-    Attributes:
-        example_ids: ids of the batch, shape ``[B]`` int64.
-        weights: example weights, shape ``[B]`` float64, or None for all ones.
-        hyper: hyperparameters of each parameter group.
-        seed: seed of the step's random numbers.
-        loss: the loss before the step, if known.
-        witness: a cheap fingerprint of the parameters after the step (see `witness`).
-    """
-
-    example_ids: Int[Tensor, " batch"]
-    weights: Float[Tensor, " batch"] | None
-    hyper: tuple[Hyper, ...]
-    seed: int
-    loss: float | None
-    witness: float | None
 
 
 def smallest(params: Mapping[str, Tensor]) -> Tensor:
