@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 
 from retrograd import Counterfactual, Regression, Unrolled, attribute, record, roughness
@@ -62,7 +63,7 @@ def test_recording_the_matching_run_is_the_same_as_asking_for_it():
 
 @pytest.mark.parametrize("wrong", [{"keep": 0.0}, {"keep": 1.5}, {"removal": "burning"}, {"seeds": "old"}])
 def test_impossible_counterfactuals(wrong):
-    with pytest.raises((InputError, Exception), match=r"keep|removal|seeds"):
+    with pytest.raises((InputError, TypeCheckError), match=r"keep|removal|seeds"):
         Counterfactual(**wrong)
 
 

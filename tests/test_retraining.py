@@ -3,6 +3,7 @@
 import pytest
 import scipy.stats
 import torch
+from jaxtyping import TypeCheckError
 from torch import nn
 
 from retrograd import (
@@ -57,15 +58,16 @@ def test_zero_weight_equals_one_rerun_after_the_other(kind, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_deletion_equals_training_on_the_subset(optimizer):
-    run = trained("plain", optimizer)
+@pytest.mark.parametrize("weights", [None, torch.linspace(0.5, 1.5, 14)], ids=["ones", "weighted"])
+def test_deletion_equals_training_on_the_subset(optimizer, weights):
+    run = trained("plain", optimizer, weights=weights)
     kept = random_subsets(run, 3, 0.5, seed=3)
     found = retrain(run, QUERIES, kept, removal="deletion", seed=2)
     assert torch.equal(found, retrain(run, QUERIES, kept, removal="deletion", seed=2, chunk=2))
     for number, (subset, row) in enumerate(zip(kept, found, strict=True)):
         ids = run.examples.ids[subset]
         order = batch_order(Examples(torch.zeros(len(ids)), ids), 3, 4, 2 * 1_000_003 + number)
-        alone = trained("plain", optimizer, epochs=None, batch_size=None, order=order).measurements(QUERIES)
+        alone = trained("plain", optimizer, epochs=None, batch_size=None, order=order, weights=weights).measurements(QUERIES)
         assert torch.allclose(row, alone, atol=1e-10, rtol=0)
 
 
@@ -83,7 +85,7 @@ def test_subsets_have_the_size_that_was_asked_for():
 def test_bad_masks():
     run = trained("plain", "adam")
     for wrong in (torch.ones(2, 13, dtype=torch.bool), torch.ones(14, dtype=torch.bool)):
-        with pytest.raises((InputError, Exception), match=r"subset"):
+        with pytest.raises((InputError, TypeCheckError), match=r"subset"):
             retrain(run, QUERIES, wrong)
     uneven = torch.ones(2, 14, dtype=torch.bool)
     uneven[0, 0] = False

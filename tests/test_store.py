@@ -15,6 +15,7 @@ from retrograd.errors import (
     CorruptRecord,
     DataChanged,
     IncompleteRecord,
+    InputError,
     ModelChanged,
     NotRecorded,
     RecordError,
@@ -388,6 +389,14 @@ def test_no_run_in_the_folder(tmp_path):
 def test_a_run_is_not_overwritten(original, folder):
     with pytest.raises(RecordExists, match="resume=True"):
         train(folder)
+    assert verdict(folder, original[1]) is None
+
+
+def test_a_refused_continuation_leaves_a_complete_run_complete(original, folder):
+    with pytest.raises(InputError, match="another batch"):
+        train(folder, resume=True, batch_size=2)
+    assert verdict(folder, original[1]) is None
+    train(folder, resume=True)
     assert verdict(folder, original[1]) is None
 
 

@@ -127,7 +127,7 @@ def _deletion_steps(run: Trajectory, kept: Tensor, seed: int) -> Iterator[_Step]
         batch_order(Examples(torch.zeros(len(ids)), ids), epochs, batch_size, seed + row)
         for row, ids in enumerate(run.examples.ids[mask] for mask in kept)
     ]
-    length = len(orders[0])
+    length, weights = len(orders[0]), _example_weights(run)
 
     def make(number: int) -> _Step:
         def step(run: Trajectory) -> tuple[StepInputs, Tensor]:
@@ -142,13 +142,24 @@ def _deletion_steps(run: Trajectory, kept: Tensor, seed: int) -> Iterator[_Step]
             flat = to_device(run.examples.batch(ids.flatten()), run.device)
             own_batches = map_batch(lambda leaf: leaf.unflatten(0, ids.shape), flat)
             dtype = next(iter(run.update_map.model.parameters())).dtype
-            return StepInputs(ids[0], None, hyper, own_batches, record.seed), torch.ones(
-                ids.shape, dtype=dtype, device=run.device
-            )
+            own_weights = weights[run.examples.rows(ids.flatten())].view_as(ids).to(run.device, dtype)
+            return StepInputs(ids[0], None, hyper, own_batches, record.seed), own_weights
 
         return step
 
     return (make(number) for number in range(length))
+
+
+def _example_weights(run: Trajectory) -> Tensor:
+    """The recorded weight of each example, which must be the same at each of its visits."""
+    weights = torch.full((len(run.examples),), torch.nan, dtype=torch.float64)
+    for record in run.records:
+        rows = run.examples.rows(record.example_ids)
+        own = torch.ones(len(rows), dtype=torch.float64) if record.weights is None else record.weights
+        if not ((weights[rows] == own) | weights[rows].isnan()).all():
+            raise InputError("deletion needs one weight for each example; in this run weights change from step to step.")
+        weights[rows] = own
+    return weights.nan_to_num(nan=1.0)
 
 
 def _stacked(state: TrainingState, count: int) -> TrainingState:

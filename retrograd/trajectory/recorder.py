@@ -129,7 +129,7 @@ class Recorder:
         self._mark = smallest(self._trained)
         self._pending: list[tuple[Tensor, Tensor | None, tuple[dict[str, float], ...], int, Tensor | float | None, Tensor]] = []
         self._hyper: tuple[dict[str, float], ...] | None = None
-        self._inside = self._looked = False
+        self._inside = self._looked = self._reopens = False
         self._writer = _Writer()
         self._chain: list[str] = []
         if resume and self._folder is not None and self._folder.exists():
@@ -309,7 +309,12 @@ class Recorder:
         chain = digests.chain(self._chain[-1] if self._chain else self._genesis, records)
         self._chain += chain
 
+        reopening = self._manifest("recording") if self._reopens and records else None
+        self._reopens = self._reopens and not records
+
         def write() -> None:
+            if reopening is not None:  # a complete run stays complete until there is something to add
+                folder.write_manifest(reopening)
             if records:
                 folder.write_steps(first, records, chain, digests.state_digest(state))
                 keep_checkpoint(folder, self.schedule, state, last)
@@ -346,7 +351,7 @@ class Recorder:
         trajectory.records = records[:last]
         self._chain = digests.chain(self._genesis, trajectory.records)
         self._set_live_state(folder.load(last))
-        folder.write_manifest(self._manifest("recording"))
+        self._reopens = manifest["status"] == "complete"
 
     def _set_live_state(self, state: TrainingState) -> None:
         with torch.no_grad():

@@ -318,7 +318,14 @@ class Trajectory:
                 f"weights must have one entry an example, shape ({len(self.examples)},), got {tuple(weights.shape)}."
             )
         rerun = Trajectory(
-            self.update_map, self.examples, [], checkpoints, schedule, counterfactual=counterfactual, parents=self.parents
+            self.update_map,
+            self.examples,
+            [],
+            checkpoints,
+            schedule,
+            tolerance=self.tolerance,
+            counterfactual=counterfactual,
+            parents=self.parents,
         )
         keep_checkpoint(checkpoints, schedule, state)
         for step in track(range(len(self)), "training again"):

@@ -283,6 +283,8 @@ class UpdateMap:
                 for source in outgoing:
                     ratio = None if source == "parameter" else share(terms[source], terms["gradient"])
                     pulled[source] = combine(terms[source], leaf) if ratio is None else gamma[name] * ratio
+                    if any(pulled[source] is vector for other, vector in outgoing.items() if other != source):
+                        pulled[source] = pulled[source].clone()  # in place, the other leaf may be overwritten first
             params[name] = pulled["parameter"]
             for slot in costates.slots:
                 slots[slot][name] = pulled[slot]
