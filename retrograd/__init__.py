@@ -10,9 +10,9 @@ The verbs: `record`, `open_run`, `attribute`, `self_influence`, `retrain`, `roug
 """
 
 from retrograd.adjoint import Queries, TracIn, Unrolled
-from retrograd.attribution import Coverage, Ranked, Scores, attribute, coverage, self_influence
+from retrograd.attribution import Agreement, Check, Coverage, Ranked, Scores, attribute, coverage, self_influence
 from retrograd.citations import citation
-from retrograd.evaluation import Agreement, linear_datamodeling_score, random_subsets, retrain
+from retrograd.evaluation import linear_datamodeling_score, random_subsets, retrain
 from retrograd.progress import reporting
 from retrograd.task import Classification, Regression, Task
 from retrograd.trajectory import (
@@ -37,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "All",
+    "Check",
     "CheckpointSeries",
     "Classification",
     "Counterfactual",

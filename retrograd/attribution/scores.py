@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from retrograd.errors import CorruptRecord, InputError, UnknownExample
+from retrograd.files import replace_file
 from retrograd.trajectory import Counterfactual
 
 
@@ -146,10 +147,7 @@ class Scores:
         }
         about["digest"] = _digest(columns, about)
         table = pa.table(columns).replace_schema_metadata({"retrograd": json.dumps(about)})
-        target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        pq.write_table(table, temporary, write_page_checksum=True)
-        os.replace(temporary, target)
+        replace_file(Path(path), lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
 
     @staticmethod
     def from_parquet(path: str | os.PathLike[str]) -> "Scores":

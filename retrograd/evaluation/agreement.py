@@ -5,37 +5,13 @@ the predicted and the actual measurement; then the mean over queries. The interv
 resamples subsets *and* queries: resampling queries alone is too narrow, because all of them share the subsets.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from retrograd.attribution import Agreement
 from retrograd.errors import InputError
 from retrograd.optional import optional
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """A correlation with its interval.
-
-    Attributes:
-        value: mean over queries of the correlation over subsets.
-        low: lower end of the interval.
-        high: upper end.
-        confidence: what share of such intervals cover the truth.
-        per_query: the correlation of each query.
-    """
-
-    value: float
-    low: float
-    high: float
-    confidence: float
-    per_query: Float[Tensor, " query"]
-
-    def __str__(self) -> str:
-        """Give the value and its interval."""
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def linear_datamodeling_score(

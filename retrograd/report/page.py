@@ -12,8 +12,9 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
+from retrograd.attribution import Agreement
 from retrograd.errors import InputError
-from retrograd.evaluation import Agreement
+from retrograd.files import replace_file
 from retrograd.optional import optional
 from retrograd.report.png import data_uri
 
@@ -161,8 +162,8 @@ def write_report(
         },
     )
     target.mkdir(parents=True, exist_ok=True)
-    _replace(target / "plotly.min.js", plotly.get_plotlyjs())
-    _replace(target / "index.html", page)  # last: a page that is there can be opened
+    _write(target / "plotly.min.js", plotly.get_plotlyjs())
+    _write(target / "index.html", page)  # last: a page that is there can be opened
     return target / "index.html"
 
 
@@ -189,7 +190,5 @@ def _signed(value: float, digits: int = 3) -> str:
     return f"{value:+.{digits}f}".replace("-", "−")
 
 
-def _replace(file: Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, file)
+def _write(file: Path, text: str) -> None:
+    replace_file(file, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -11,24 +11,20 @@ checkpoint are written before the checkpoint: what is on disk after a kill is al
 unpickled. ``steps.parquet`` is a folder of parts, as Spark writes it: polars, duckdb and pandas open it by that name.
 """
 
-import contextlib
-import hashlib
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from retrograd.errors import CorruptRecord, NotRecorded, RecordExists
+from retrograd.files import read_manifest, read_rows, replace_file, write_manifest, write_rows
 from retrograd.trajectory import digests
 from retrograd.trajectory.examples import Examples, root_digest
 from retrograd.trajectory.state import StepRecord, TrainingState
 
 FORMAT = 1
 _COLUMNS = ("step", "example_ids", "weights", "hyper", "seed", "loss", "witness", "digest", "state_digest")
-_LARGEST_MANIFEST = 1 << 26  # bytes; a manifest is names and shapes, so more than this is not one
 _MANIFEST_KEYS = {
     "format",
     "versions",
@@ -77,30 +73,14 @@ class RunFolder:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write ``run.json``, with a digest of itself."""
-        text = json.dumps({**manifest, "digest": _json_digest(manifest)}, indent=1)
-        _replace(self.path / "run.json", lambda temporary: temporary.write_text(text))
+        write_manifest(self.path / "run.json", manifest)
 
     def manifest(self) -> dict[str, Any]:
         """Read and check ``run.json``."""
         file = self.path / "run.json"
         if not file.is_file():
             raise NotRecorded(f"{self.path} holds no run: there is no run.json in it.")
-        if file.stat().st_size > _LARGEST_MANIFEST:
-            raise CorruptRecord(f"{file} has {file.stat().st_size} bytes; a manifest has at most {_LARGEST_MANIFEST}.")
-        try:
-            manifest = json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CorruptRecord(f"{file} is not JSON: {error}") from error
-        if not isinstance(manifest, dict):
-            raise CorruptRecord(f"{file} is not a manifest.")
-        if "format" in manifest and manifest["format"] != FORMAT:
-            raise CorruptRecord(f"{file} has format {manifest['format']!r}; this version of retrograd reads format {FORMAT}.")
-        missing = _MANIFEST_KEYS - set(manifest)
-        if missing:
-            raise CorruptRecord(f"{file} lacks {sorted(missing)}.")
-        if manifest.pop("digest") != _json_digest(manifest):
-            raise CorruptRecord(f"{file} was altered: it does not have its own digest.")
-        return manifest
+        return read_manifest(file, _MANIFEST_KEYS, FORMAT)
 
     def check_complete(self, manifest: dict[str, Any], records: list[StepRecord]) -> None:
         """Compare what is in the folder with the manifest of a complete run.
@@ -109,7 +89,7 @@ class RunFolder:
             CorruptRecord: examples, steps or states are missing, or there are others.
         """
         file = self.path / "data.parquet"
-        rows = _read_rows(file, "id", "digest")
+        rows = read_rows(file, "id", "digest")
         ids, contents = torch.tensor([row["id"] for row in rows]), [row["digest"] for row in rows]
         if root_digest(ids, contents) != manifest["data"]["root"]:
             raise CorruptRecord(f"{file} was altered: it does not have the digest that the manifest gives.")
@@ -123,7 +103,7 @@ class RunFolder:
         import pyarrow as pa
 
         columns = {"id": examples.ids.tolist(), "digest": pa.array(examples.digests(), pa.binary(32))}
-        _write_rows(self.path / "data.parquet", columns)
+        write_rows(self.path / "data.parquet", columns)
 
     # ------------------------------------------------------------------ steps
 
@@ -151,7 +131,7 @@ class RunFolder:
             "digest": pa.array(chain, pa.string()),
             "state_digest": pa.array([None] * (len(records) - 1) + [state_digest], pa.string()),
         }
-        _write_rows(self._part(first), columns)
+        write_rows(self._part(first), columns)
         if state_digest is not None:
             self._expected[first + len(records)] = state_digest
 
@@ -164,7 +144,7 @@ class RunFolder:
         records: list[StepRecord] = []
         previous = genesis
         for part in self._parts():
-            rows = _read_rows(part, *_COLUMNS)
+            rows = read_rows(part, *_COLUMNS)
             for row in rows:
                 if row["step"] != len(records):
                     raise CorruptRecord(f"{part} begins at step {row['step']}, but the steps before it end at {len(records)}.")
@@ -211,7 +191,7 @@ class RunFolder:
         # One memory may stand behind two names (tied buffers); the file holds each name's values on its own.
         tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in state.tensors().items()}
         note = {"step": str(state.step)}  # one key: safetensors writes several in random order
-        _replace(self._checkpoint(state.step), lambda temporary: save_file(tensors, temporary, note))
+        replace_file(self._checkpoint(state.step), lambda temporary: save_file(tensors, temporary, note))
 
     def load(self, step: int) -> TrainingState:
         """Read the state stored for ``step`` and compare it with its digest.
@@ -250,52 +230,3 @@ class RunFolder:
 
     def _checkpoint(self, step: int) -> Path:
         return self.path / "checkpoints" / f"{step:012d}.safetensors"
-
-
-def _replace(file: Path, write: Callable[[Path], object]) -> None:
-    """Write ``file`` under a temporary name and rename it: it appears whole or not at all."""
-    temporary = file.with_name(file.name + ".tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-        raise
-
-
-def _json_digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _read_rows(file: Path, *columns: str) -> list[dict[str, Any]]:
-    """Read a table with these columns and compare it with the digest in its own metadata, if it has one."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    if not file.is_file():
-        raise CorruptRecord(f"{file} is missing.")
-    try:
-        # A part must be read as the one file it is: as a data set, the folder's name would be parsed for partitions.
-        table = pq.ParquetFile(file, page_checksum_verification=True).read()
-        rows = table.select(list(columns)).to_pylist()
-        digest = (table.schema.metadata or {})[b"digest"].decode()
-    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError, TypeError) as error:
-        raise CorruptRecord(f"{file} is torn: {error}") from error
-    if digest != _rows_digest(rows):
-        raise CorruptRecord(f"{file} was altered: its rows do not have the digest that is written with them.")
-    return rows
-
-
-def _write_rows(file: Path, columns: dict[str, Any]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table(columns)
-    table = table.replace_schema_metadata({"digest": _rows_digest(table.to_pylist())})
-    _replace(file, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
-
-
-def _rows_digest(rows: list[dict[str, Any]]) -> str:
-    plain = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
-    return _json_digest(plain)

@@ -1,0 +1,106 @@
+"""Files that are whole or not there: written under a temporary name, renamed, and read against a digest of their content."""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from retrograd.errors import CorruptRecord
+
+
+def replace_file(file: Path, write: Callable[[Path], object]) -> None:
+    """Write ``file`` under a temporary name and rename it: it appears whole or not at all."""
+    temporary = file.with_name(file.name + ".tmp")
+    try:
+        write(temporary)
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def json_digest(content: Any) -> str:
+    """Digest of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(file: Path, manifest: Mapping[str, Any]) -> None:
+    """Write plain values as JSON, with a digest of themselves."""
+    text = json.dumps({**manifest, "digest": json_digest(manifest)}, indent=1)
+    replace_file(file, lambda temporary: temporary.write_text(text))
+
+
+def read_manifest(file: Path, keys: set[str], expected: int, largest: int = 1 << 26) -> dict[str, Any]:
+    """Read what `write_manifest` wrote.
+
+    Args:
+        file: the manifest.
+        keys: what must be in it.
+        expected: the value that its key ``format`` must have.
+        largest: bytes that a manifest can have at most: it is names and shapes.
+
+    Raises:
+        CorruptRecord: it is torn, altered, or none.
+    """
+    if file.stat().st_size > largest:
+        raise CorruptRecord(f"{file} has {file.stat().st_size} bytes; a manifest has at most {largest}.")
+    try:
+        manifest = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptRecord(f"{file} is not JSON: {error}") from error
+    if not isinstance(manifest, dict):
+        raise CorruptRecord(f"{file} is not a manifest.")
+    if "format" in manifest and manifest["format"] != expected:
+        raise CorruptRecord(f"{file} has format {manifest['format']!r}; this version of retrograd reads format {expected}.")
+    missing = keys - set(manifest)
+    if missing:
+        raise CorruptRecord(f"{file} lacks {sorted(missing)}.")
+    if manifest.pop("digest") != json_digest(manifest):
+        raise CorruptRecord(f"{file} was altered: it does not have its own digest.")
+    return manifest
+
+
+def write_rows(file: Path, columns: Mapping[str, Any]) -> None:
+    """Write a table to Parquet, with a digest of its rows in its own metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(dict(columns))
+    table = table.replace_schema_metadata({"digest": _rows_digest(table.to_pylist())})
+    replace_file(file, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+def read_rows(file: Path, *columns: str) -> list[dict[str, Any]]:
+    """Read what `write_rows` wrote and compare it with its digest.
+
+    Args:
+        file: the table.
+        columns: the columns that it must have; all that are there if none is named.
+
+    Raises:
+        CorruptRecord: it is missing, torn or altered.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not file.is_file():
+        raise CorruptRecord(f"{file} is missing.")
+    try:
+        # A part must be read as the one file it is: as a data set, the folder's name would be parsed for partitions.
+        table = pq.ParquetFile(file, page_checksum_verification=True).read()
+        rows = table.select(list(columns) or table.column_names).to_pylist()
+        digest = (table.schema.metadata or {})[b"digest"].decode()
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError, TypeError) as error:
+        raise CorruptRecord(f"{file} is torn: {error}") from error
+    if digest != _rows_digest(rows):
+        raise CorruptRecord(f"{file} was altered: its rows do not have the digest that is written with them.")
+    return rows
+
+
+def _rows_digest(rows: list[dict[str, Any]]) -> str:
+    plain = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
+    return json_digest(plain)
