@@ -66,11 +66,11 @@ def main() -> None:
         run = train(name, data, 0)
         kept = random_subsets(run, subsets, 0.5, seed=1)
         truth = {
-            "zero_weight": retrain(run, queries, kept, chunk=subsets),
-            "deletion": retrain(run, queries, kept, removal="deletion", chunk=subsets),
+            "zero_weight": retrain(run, queries, kept).outcomes,
+            "deletion": retrain(run, queries, kept, removal="deletion").outcomes,
             "deletion_fresh": torch.stack(
                 [
-                    retrain(train(name, data, seed), queries, kept, removal="deletion", seed=seed, chunk=subsets)
+                    retrain(train(name, data, seed), queries, kept, removal="deletion", seed=seed).outcomes
                     for seed in range(1, seeds + 1)
                 ]
             ).mean(0),

@@ -47,7 +47,7 @@ def measure(setting: Setting, seed: int, subsets: int) -> dict[str, Any]:
     run = record(model, train, Classification(), optimizer=optimizer, epochs=epochs, batch_size=64, seed=seed)
     found = roughness(run, seed=seed)
     kept = random_subsets(run, subsets, 0.9, seed=seed + 1)
-    actual = retrain(run, queries, kept, chunk=subsets)
+    actual = retrain(run, queries, kept).outcomes
     scores = attribute(run, queries, check_roughness=False)
     score = linear_datamodeling_score(scores.predicted_subset(kept), actual)
     verdict = "rough" if found.rough else "smooth"

@@ -96,7 +96,7 @@ def agreement(subsets: int, ranks: tuple[int, ...]) -> dict[str, float]:
     found: dict[str, float] = {}
     for keep in (0.99, 0.9, 0.5):
         kept = random_subsets(run, subsets, keep, seed=1)
-        actual = retrain(run, setting.queries, kept, chunk=subsets)
+        actual = retrain(run, setting.queries, kept).outcomes
         for rank in (None, *ranks):
             scores = attribute(
                 run, setting.queries, method=Unrolled(rank=rank), keep=0.5 if keep == 0.5 else 1.0, check_roughness=False

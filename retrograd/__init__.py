@@ -12,7 +12,7 @@ The verbs: `record`, `open_run`, `attribute`, `self_influence`, `retrain`, `roug
 from retrograd.adjoint import Queries, TracIn, Unrolled
 from retrograd.attribution import Agreement, Check, Coverage, Ranked, Scores, attribute, coverage, self_influence
 from retrograd.citations import citation
-from retrograd.evaluation import linear_datamodeling_score, random_subsets, retrain
+from retrograd.evaluation import Retrained, Study, leave_one_out, linear_datamodeling_score, random_subsets, retrain
 from retrograd.progress import reporting
 from retrograd.task import Classification, Regression, Task
 from retrograd.trajectory import (
@@ -48,9 +48,11 @@ __all__ = [
     "Ranked",
     "Recorder",
     "Regression",
+    "Retrained",
     "Roughness",
     "Scores",
     "Sqrt",
+    "Study",
     "Task",
     "TracIn",
     "Trajectory",
@@ -60,6 +62,7 @@ __all__ = [
     "attribute",
     "citation",
     "coverage",
+    "leave_one_out",
     "linear_datamodeling_score",
     "open_run",
     "random_subsets",

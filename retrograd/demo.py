@@ -208,7 +208,7 @@ def run_demo(output: str | os.PathLike[str], *, epochs: int = 12, subsets: int =
                 scores[name] = attribute(point, queries, method=method, check_roughness=False)
         with _timed(seconds, "retraining"):
             kept = random_subsets(run, subsets, COUNTERFACTUAL.keep, seed + 1)
-            actual = retrain(run, queries, kept, removal=COUNTERFACTUAL.removal)
+            actual = retrain(run, queries, kept, removal=COUNTERFACTUAL.removal).outcomes
         with _timed(seconds, "agreement"):
             middle = point.measurements(queries.batch(asked))
             views = [_compare(name, scores[name], middle, kept, actual) for name in METHODS]

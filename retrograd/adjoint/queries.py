@@ -8,7 +8,7 @@ from torch import Tensor
 
 from retrograd.errors import InputError, NonFinite
 from retrograd.params import map_slots
-from retrograd.trajectory import Examples, Run, StateVectors, TrainingState
+from retrograd.trajectory import Examples, Run, StateVectors, TrainingState, UpdateMap
 from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.trajectory import to_device
 
@@ -19,40 +19,42 @@ class Queries:
     Args:
         data: the queries, anything that `Examples` takes.
         of: ``"measurements"``, or ``"losses"`` to ask for the training loss of each query.
+        mean: ask one question, for the mean over all of them, which costs as much as one query.
     """
 
-    def __init__(self, data: Any, of: str = "measurements"):
+    def __init__(self, data: Any, of: str = "measurements", *, mean: bool = False):
         self.examples = Examples.of(data)
         if not len(self.examples):
             raise InputError("there are no queries.")
         if of not in ("measurements", "losses"):
             raise InputError(f"queries ask for 'measurements' or 'losses', got {of!r}.")
-        self.of = of
-        self.ids = self.examples.ids
+        self.of, self.mean = of, mean
+        self.ids = torch.zeros(1, dtype=torch.int64) if mean else self.examples.ids
 
     def __len__(self) -> int:
         """Return the number of queries."""
-        return len(self.examples)
+        return len(self.ids)
 
     def slices(self, size: int | None) -> list["Queries"]:
         """Cut into parts of at most ``size`` queries."""
+        if size is not None and size < 1:
+            raise InputError(f"query_batch must be at least 1, got {size}.")
         if size is None or size >= len(self):
             return [self]
-        if size < 1:
-            raise InputError(f"query_batch must be at least 1, got {size}.")
         parts = []
         for ids in self.ids.split(size):
             parts.append(Queries(Examples(self.examples.batch(ids), ids), self.of))
         return parts
 
-    def values(self, run: Run, state: TrainingState) -> Float[Tensor, " query"]:
+    def values(self, update_map: UpdateMap, state: TrainingState) -> Float[Tensor, " query"]:
         """Evaluate f_q at ``state``, differentiably."""
-        return self._ask(run, state, self.ids)
+        values = self._ask(update_map, state, self.examples.ids)
+        return values.mean()[None] if self.mean else values
 
     def gradients(self, run: Run, state: TrainingState) -> StateVectors:
         """Return ∇f_q at ``state`` for all queries, with respect to parameters and to the buffers that training moves.
 
-        One backward pass for each query, through that query alone.
+        One backward pass for each query, through that query alone (for the mean, through all of them).
         """
         initial = run.state(0)
         moving = [
@@ -66,11 +68,11 @@ class Queries:
         inputs = {**params, **{name: buffers[name] for name in moving}}
         found = {name: leaf.new_zeros(len(self), *leaf.shape) for name, leaf in inputs.items()}
         bound = TrainingState(params, state.slots, buffers, state.step)
-        for row, query in enumerate(self.ids.split(1)):
+        for row, query in enumerate([self.examples.ids] if self.mean else self.ids.split(1)):
             with twice_differentiable(own_functions=False):  # for the running statistics of batch norm
-                value = self._ask(run, bound, query)[0]
+                value = self._ask(run.update_map, bound, query).mean()
             if not torch.isfinite(value.detach()):
-                raise NonFinite(f"the measurement of query {int(query)} is {value.item()}.")
+                raise NonFinite(f"the measurement of query {query.tolist()[:3]} is {value.item()}.")
             grads = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)
             for leaf, grad in zip(found.values(), grads, strict=True):
                 if grad is not None:
@@ -78,14 +80,14 @@ class Queries:
         slots = map_slots(lambda leaf: leaf.new_zeros(len(self), *leaf.shape), state.slots)
         return StateVectors({name: found[name] for name in params}, slots, {name: found[name] for name in moving})
 
-    def _ask(self, run: Run, state: TrainingState, ids: Tensor) -> Tensor:
+    def _ask(self, update_map: UpdateMap, state: TrainingState, ids: Tensor) -> Tensor:
         device = next(iter(state.params.values())).device
         batch = to_device(self.examples.batch(ids), device)
-        function = run.update_map.measurements if self.of == "measurements" else run.update_map.losses
+        function = update_map.measurements if self.of == "measurements" else update_map.losses
         values = function(state, batch)
         if values.shape != (len(ids),):
             raise InputError(
-                f"{type(run.update_map.task).__name__}.{self.of} gave shape {tuple(values.shape)} for {len(ids)} queries. It "
+                f"{type(update_map.task).__name__}.{self.of} gave shape {tuple(values.shape)} for {len(ids)} queries. It "
                 f"must give one number per query, shape ({len(ids)},)."
             )
         return values

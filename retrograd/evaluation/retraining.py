@@ -1,174 +1,222 @@
-"""Retrain a recorded run on subsets of its data: the truth that scores predict.
+"""Retrain a recorded run with other data: the truth that scores predict.
 
-All retrainings of a chunk run as one batched program: parameters, slots and buffers get a leading axis ``subset``, and one
-vmapped step advances every model at once. Same start, same batches, same random numbers; an example outside the subset
-weighs nothing (or is deleted: see ``removal``).
+    run, subsets × seeds  →  measurements[subset, seed, query]
 
-``removal="zero_weight"`` multiplies the recorded weights, the batch keeps its size B as denominator.
-``removal="deletion"`` leaves a shorter run: each subset gets its own batches, cut anew from its own shuffled ids with the
-recorded batch size, epochs and learning rates (stretched over the shorter run).
+`Course` says what a retraining is, `Program` makes many at once, `Study` keeps them in a folder; here they are put to work, in
+this process or in any ``concurrent.futures.Executor``: spawned processes (``workers=``), a Ray cluster
+(`retrograd.distributed.RayExecutor`), or the user's own.
 
-Cost: about one training for all of a chunk where the plain step is bound by overhead, one each where compute binds.
-Memory: one state and one batch of activations for each subset of a chunk.
+Cost: one training each where compute binds; for small models several times less, because they are trained together.
 """
 
-from collections.abc import Callable, Iterator
+import hashlib
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import ExitStack
+from multiprocessing import get_context
+from os import PathLike
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Shaped
+from torch import Tensor, nn
 
-from retrograd.errors import InputError
+from retrograd.adjoint import Queries
+from retrograd.errors import InputError, ModelChanged
+from retrograd.evaluation.course import Hold, Protocol
+from retrograd.evaluation.program import Program, best_together
+from retrograd.evaluation.retrained import Retrained, share_kept
+from retrograd.evaluation.study import Study
+from retrograd.evaluation.work import Work
 from retrograd.params import Params
-from retrograd.progress import track
-from retrograd.trajectory import Examples, StepInputs, TrainingState, Trajectory, batch_order
+from retrograd.progress import track_steps
+from retrograd.trajectory import All, Counterfactual, MemoryCheckpoints, TrainingState, Trajectory, digests
 from retrograd.trajectory.counterfactual import Removal
-from retrograd.trajectory.state import map_batch
-from retrograd.trajectory.trajectory import to_device
-
-
-def random_subsets(run: Trajectory, count: int, keep: float, seed: int = 0) -> Bool[Tensor, "subset example"]:
-    """Draw subsets of equal size, round(keep · N), uniformly.
-
-    Args:
-        run: the run whose examples are drawn from.
-        count: how many subsets.
-        keep: share of the examples that stays.
-        seed: seed of the draw.
-
-    Returns:
-        True where an example stays, in the order of ``run.examples.ids``.
-    """
-    if not 0 < keep <= 1:
-        raise InputError(f"keep is the share of examples that stays, 0 < keep <= 1, got {keep}.")
-    generator = torch.Generator().manual_seed(seed)
-    total = len(run.examples)
-    kept = torch.zeros(count, total, dtype=torch.bool)
-    for row in kept:
-        row[torch.randperm(total, generator=generator)[: round(keep * total)]] = True
-    return kept
 
 
 def retrain(
     run: Trajectory,
     queries: Any,
-    kept: Bool[Tensor, "subset example"],
+    factors: Shaped[Tensor, "subset example"],
     *,
     removal: Removal = "zero_weight",
+    hold: Hold = "epochs",
+    seeds: Sequence[int] | None = None,
+    initialise: Callable[[int], nn.Module] | None = None,
     seed: int = 0,
-    chunk: int = 64,
-) -> Float[Tensor, "subset query"]:
-    """Train again on each subset and return the measurements of the queries.
+    together: int | None = None,
+    memory: int = 1 << 30,
+    workers: int = 1,
+    executor: Executor | None = None,
+    folder: str | PathLike[str] | None = None,
+) -> Retrained:
+    """Train again with other example weights or on subsets, and measure the queries.
 
     Args:
         run: the recorded run.
-        queries: what is measured, anything that `Examples` takes.
-        kept: True where an example stays, shape ``[subset, example]``.
-        removal: ``"zero_weight"`` or ``"deletion"``.
-        seed: seed of the batches of shorter runs (deletion only).
-        chunk: how many models are trained at once.
+        queries: what is measured: `Queries`, or anything that `Examples` takes.
+        factors: factor on each example's recorded weight, True and False for those that stay and go.
+        removal: what a factor of 0 means: ``"zero_weight"`` or ``"deletion"`` (see `retrograd.evaluation.course`).
+        hold: of a deletion: make as many ``"epochs"`` or as many ``"steps"``.
+        seeds: train each subset once with each of these fresh seeds, which give start, order of the batches and random
+            numbers as ``record(initialise(seed), ..., seed=seed)`` does; the recorded ones if not given.
+        initialise: makes a model for a fresh seed; called with torch's global generator seeded.
+        seed: seed of the shuffles of deletions with the recorded seeds.
+        together: how many models are trained at once in one batched program; 1 for one after the other. By memory and by a
+            measurement of a few steps if not given.
+        memory: bytes that models trained together may take; an estimate.
+        workers: processes that share the work, spawned; model and task must then be importable.
+        executor: share the work over this executor instead.
+        folder: keep finished parts in this folder, continue what is there, and share the work with every other process
+            that is called with the same arguments. Without it, a killed study is lost.
 
     Returns:
-        Measurements after each retraining.
+        The measurements and what they belong to. A training that became non-finite has NaN, with a warning.
+
+    Raises:
+        InputError: an argument is not what is allowed.
+        RecordExists: the folder holds another study.
+
+    >>> from retrograd.task import Regression
+    >>> from retrograd.trajectory import record
+    >>> model = nn.Linear(1, 1, bias=False)
+    >>> _ = model.weight.data.fill_(0.0)
+    >>> data = (torch.tensor([[1.0], [1.0]]), torch.tensor([[1.0], [3.0]]))
+    >>> run = record(model, data, Regression("prediction"), optimizer=lambda p: torch.optim.SGD(p, lr=0.25),
+    ...              order=torch.tensor([[0, 1]]))
+    >>> query = (torch.tensor([[1.0]]), torch.tensor([[0.0]]))
+    >>> retrain(run, query, torch.tensor([[True, True], [True, False]])).outcomes           # θ₁ = Σ w_i y_i / 4
+    tensor([[1.0000],
+            [0.2500]])
     """
-    if kept.dim() != 2 or kept.shape[1] != len(run.examples) or kept.dtype != torch.bool:
+    _check(run, factors, removal, seeds, initialise, together, workers)
+    asked = queries if isinstance(queries, Queries) else Queries(queries)
+    lean = _lean(run)
+    starts: dict[int | None, TrainingState] = (
+        {None: lean.state(0)} if seeds is None else {one: fresh_start(lean, initialise, one) for one in seeds}
+    )
+    protocol = Protocol(lean, removal, hold, seed)
+    first = next(iter(starts))
+
+    def measured() -> int:
+        each = -(-len(factors) * len(starts) // workers)  # nobody should go idle
+        return best_together(protocol, starts[first], factors[:each], first, memory) if together is None else together
+
+    counterfactual = Counterfactual(share_kept(factors), removal, "same" if seeds is None else "fresh")
+    study = None if folder is None else Study(folder)
+    if study is None:
+        size = measured()
+    else:
+        size = study.begin(
+            _asked(protocol, asked, factors, starts, counterfactual),
+            measured,
+            subsets=len(factors),
+            seeds=list(starts),
+            example_ids=run.examples.ids.tolist(),
+            query_ids=asked.ids.tolist(),
+            dtype=str(next(iter(starts[first].params.values())).dtype).removeprefix("torch."),
+        )["together"]
+    work = Work(Program(protocol, asked, starts, size), factors, study)
+    with ExitStack() as stack:
+        if executor is None and workers > 1:
+            threads = max((os.cpu_count() or 1) // workers, 1)
+            executor = stack.enter_context(
+                ProcessPoolExecutor(workers, get_context("spawn"), torch.set_num_threads, (threads,))
+            )
+        for _ in track_steps(work.here() if executor is None else work.elsewhere(executor), work.steps, "retraining"):
+            pass
+    if study is None:
+        values = work.gathered()
+        found = Retrained(values, factors, tuple(starts), run.examples.ids, asked.ids, counterfactual, run.digest)
+    else:
+        found = study.read()
+    broken = (~found.values.isfinite()).any(2).sum().item()
+    if broken:
+        warnings.warn(f"{broken} of {found.values[..., 0].numel()} retrainings became non-finite; they have NaN.", stacklevel=2)
+    return found
+
+
+def _check(
+    run: Trajectory,
+    factors: Tensor,
+    removal: Removal,
+    seeds: Sequence[int] | None,
+    initialise: Callable[[int], nn.Module] | None,
+    together: int | None,
+    workers: int,
+) -> None:
+    if factors.dim() != 2 or factors.shape[1] != len(run.examples) or not len(factors):
         raise InputError(
-            f"kept must be True or False for each subset and example, shape [subset, {len(run.examples)}], got "
-            f"{kept.dtype} {tuple(kept.shape)}."
+            f"factors must have one row a retraining and one column an example, shape [subset, {len(run.examples)}], got "
+            f"{tuple(factors.shape)}."
         )
-    asked = Examples.of(queries)
-    program = _zero_weight_steps if removal == "zero_weight" else _deletion_steps
-    parts = kept.split(chunk)
-    batch = to_device(asked.batch(asked.ids), run.device)
-    work = [(part, list(program(run, part, seed * 1_000_003 + index * chunk))) for index, part in enumerate(parts)]
-    total = [(part, step) for part, steps in work for step in steps]
-    results: list[Tensor] = []
-    states: TrainingState | None = None
-    for part, step in track(total, "retraining"):
-        if states is None:
-            states = _stacked(run.state(0), len(part))
-        inputs, weights = step(run)
-        states = run.update_map.many(states, inputs, weights, own_batches=removal == "deletion")
-        if states.step == len(work[len(results)][1]):
-            results.append(_measure(run, states, batch))
-            states = None
-    return torch.cat(results)
+    if removal not in ("zero_weight", "deletion"):
+        raise InputError(f"removal must be 'zero_weight' or 'deletion', got {removal!r}.")
+    if removal == "deletion" and not (factors != 0).any(1).all():
+        raise InputError("deletion needs at least one example that stays in each subset.")
+    if seeds is not None and (not seeds or len(set(seeds)) != len(seeds)):
+        raise InputError(f"seeds must be distinct numbers, at least one, got {list(seeds)}.")
+    if (seeds is None) != (initialise is None):
+        raise InputError(
+            "fresh seeds need to know how a model is made: give both seeds=[...] and initialise=, a function from a seed to a "
+            "new model (for fine-tuning, to the pre-trained one). The record holds only the start that was."
+        )
+    if workers < 1 or (together is not None and together < 1):
+        raise InputError(f"workers and together must be at least 1, got {workers} and {together}.")
 
 
-_Step = Callable[[Trajectory], tuple[StepInputs, Tensor]]
+def fresh_start(run: Trajectory, initialise: Callable[[int], nn.Module] | None, seed: int) -> TrainingState:
+    """Return the initial state that ``initialise`` makes from a seed.
+
+    Args:
+        run: the recorded run.
+        initialise: makes a model like the recorded one.
+        seed: a fresh seed, with which torch's global generator is seeded meanwhile.
+
+    Raises:
+        ModelChanged: it is another model: names, shapes or frozen parameters differ.
+    """
+    assert initialise is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = initialise(seed)
+    recorded, own = run.state(0), {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    frozen = {name: leaf for name, leaf in run.update_map.model.named_parameters() if name not in recorded.params}
+    for name, leaf in {**recorded.params, **recorded.buffers, **frozen}.items():
+        if name not in own or own[name].shape != leaf.shape or own[name].dtype != leaf.dtype:
+            raise ModelChanged(f"initialise({seed}) gave another kind of model than the recorded one: {name} differs.")
+        if name in frozen and not torch.equal(own[name].to(leaf.device), leaf):
+            raise ModelChanged(f"initialise({seed}) changed {name}, which is not trained; it must stay as it was.")
+
+    def fresh(leaves: Params) -> Params:
+        return {name: own[name].detach().to(leaf.device).clone() for name, leaf in leaves.items()}
+
+    return TrainingState(fresh(recorded.params), recorded.slots, fresh(recorded.buffers), 0)
 
 
-def _zero_weight_steps(run: Trajectory, kept: Tensor, seed: int) -> Iterator[_Step]:
-    """The recorded steps, with weight zero for examples outside of the subset."""
-
-    def make(number: int) -> _Step:
-        def step(run: Trajectory) -> tuple[StepInputs, Tensor]:
-            inputs = run.inputs(number)
-            weights = kept[:, run.examples.rows(inputs.example_ids)].double()
-            if inputs.weights is not None:
-                weights = weights * inputs.weights
-            return inputs, weights.to(run.device, next(iter(run.update_map.model.parameters())).dtype)
-
-        return step
-
-    return (make(number) for number in range(len(run)))
+def _lean(run: Trajectory) -> Trajectory:
+    """The run with nothing but its first state: all that a retraining needs, and little to send."""
+    checkpoints = MemoryCheckpoints()
+    checkpoints.save(run.state(0))
+    return Trajectory(run.update_map, run.examples, run.records, checkpoints, All())
 
 
-def _deletion_steps(run: Trajectory, kept: Tensor, seed: int) -> Iterator[_Step]:
-    """Steps of a shorter run: own batches for each subset, recorded hyperparameters stretched over its length."""
-    sizes = kept.sum(1)
-    if len(sizes.unique()) > 1:
-        raise InputError("subsets of one deletion study must have equal size; their runs could not share a program otherwise.")
-    batch_size = max(len(record.example_ids) for record in run.records)
-    visits = sum(len(record.example_ids) for record in run.records)
-    epochs = max(round(visits / len(run.examples)), 1)
-    orders = [
-        batch_order(Examples(torch.zeros(len(ids)), ids), epochs, batch_size, seed + row)
-        for row, ids in enumerate(run.examples.ids[mask] for mask in kept)
-    ]
-    length, weights = len(orders[0]), _example_weights(run)
-
-    def make(number: int) -> _Step:
-        def step(run: Trajectory) -> tuple[StepInputs, Tensor]:
-            record = run.records[number * len(run) // length]
-            hyper = tuple({**own, "step": number + 1.0} if "step" in own else dict(own) for own in record.hyper)
-            if number:  # torch has no dampening in the first step, and that step is recorded so
-                hyper = tuple(
-                    {**own, "dampening": run.records[-1].hyper[index]["dampening"]} if "dampening" in own else own
-                    for index, own in enumerate(hyper)
-                )
-            ids = torch.stack([order[number] for order in orders])
-            flat = to_device(run.examples.batch(ids.flatten()), run.device)
-            own_batches = map_batch(lambda leaf: leaf.unflatten(0, ids.shape), flat)
-            dtype = next(iter(run.update_map.model.parameters())).dtype
-            own_weights = weights[run.examples.rows(ids.flatten())].view_as(ids).to(run.device, dtype)
-            return StepInputs(ids[0], None, hyper, own_batches, record.seed), own_weights
-
-        return step
-
-    return (make(number) for number in range(length))
-
-
-def _example_weights(run: Trajectory) -> Tensor:
-    """The recorded weight of each example, which must be the same at each of its visits."""
-    weights = torch.full((len(run.examples),), torch.nan, dtype=torch.float64)
-    for record in run.records:
-        rows = run.examples.rows(record.example_ids)
-        own = torch.ones(len(rows), dtype=torch.float64) if record.weights is None else record.weights
-        if not ((weights[rows] == own) | weights[rows].isnan()).all():
-            raise InputError("deletion needs one weight for each example; in this run weights change from step to step.")
-        weights[rows] = own
-    return weights.nan_to_num(nan=1.0)
-
-
-def _stacked(state: TrainingState, count: int) -> TrainingState:
-    return state.map(lambda leaf: leaf.expand(count, *leaf.shape).clone())
-
-
-def _measure(run: Trajectory, states: TrainingState, batch: Any) -> Tensor:
-    def measure(params: Params, buffers: Params) -> Tensor:
-        return run.update_map.measurements(TrainingState(params, {}, buffers, 0), batch)
-
-    with torch.no_grad():
-        return torch.func.vmap(measure)(states.params, states.buffers).cpu()
+def _asked(
+    protocol: Protocol, queries: Queries, factors: Tensor, starts: dict[int | None, TrainingState], kept: Counterfactual
+) -> dict[str, Any]:
+    rows = hashlib.sha256(str(tuple(factors.shape)).encode())
+    for row in factors:
+        rows.update(row.double().numpy().tobytes())
+    return {
+        "run": protocol.run.digest,
+        "queries": f"{queries.of}/{queries.examples.root()}",
+        "subsets": rows.hexdigest(),
+        "starts": [digests.state_digest(state) for state in starts.values()],
+        "removal": protocol.removal,
+        "hold": protocol.hold,
+        "keep": kept.keep,
+        "seed": protocol.seed,
+        "seeds": list(starts),
+    }
