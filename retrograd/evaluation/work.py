@@ -65,7 +65,7 @@ class Work:
                 for future in wait(flying, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     part, stack = flying.pop(future)
                     with stack:
-                        self._keep(part, torch.from_numpy(future.result()))
+                        self._keep(part, torch.tensor(future.result()))
                     yield from self._close(part, counted=False)
                 if not flying:
                     self._wait_for_others()
@@ -119,8 +119,9 @@ def _unpacked(job: bytes) -> Program:
 
 
 def _train_there(job: bytes, factors: np.ndarray, numbers: np.ndarray, seed: int | None) -> np.ndarray:
-    # Arrays, not tensors: between processes torch moves tensors to shared memory, of which containers have little.
-    training = _unpacked(job).train(torch.from_numpy(factors), torch.from_numpy(numbers), seed)
+    # Arrays, not tensors: between processes torch moves tensors to shared memory, of which containers have little. They are
+    # copied, because those that come out of a store may be read-only.
+    training = _unpacked(job).train(torch.tensor(factors), torch.tensor(numbers), seed)
     while True:
         try:
             next(training)
