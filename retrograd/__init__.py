@@ -12,7 +12,26 @@ The verbs: `record`, `open_run`, `attribute`, `self_influence`, `retrain`, `roug
 from retrograd.adjoint import Queries, TracIn, Unrolled
 from retrograd.attribution import Agreement, Check, Coverage, Ranked, Scores, attribute, coverage, self_influence
 from retrograd.citations import citation
-from retrograd.evaluation import Retrained, Study, leave_one_out, linear_datamodeling_score, random_subsets, retrain
+from retrograd.evaluation import (
+    Brittleness,
+    Detection,
+    Retrained,
+    Study,
+    TailPatch,
+    additive_ceiling,
+    brittleness,
+    calibration,
+    check,
+    evaluate,
+    leave_one_out,
+    linear_datamodeling_score,
+    mislabelled_detection,
+    noise_ceiling,
+    one_seed_wall,
+    random_subsets,
+    retrain,
+    tail_patch,
+)
 from retrograd.progress import reporting
 from retrograd.task import Classification, Regression, Task
 from retrograd.trajectory import (
@@ -37,11 +56,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "All",
+    "Brittleness",
     "Check",
     "CheckpointSeries",
     "Classification",
     "Counterfactual",
     "Coverage",
+    "Detection",
     "Every",
     "Examples",
     "Queries",
@@ -53,17 +74,26 @@ __all__ = [
     "Scores",
     "Sqrt",
     "Study",
+    "TailPatch",
     "Task",
     "TracIn",
     "Trajectory",
     "Treeverse",
     "Unrolled",
     "UpdateMap",
+    "additive_ceiling",
     "attribute",
+    "brittleness",
+    "calibration",
+    "check",
     "citation",
     "coverage",
+    "evaluate",
     "leave_one_out",
     "linear_datamodeling_score",
+    "mislabelled_detection",
+    "noise_ceiling",
+    "one_seed_wall",
     "open_run",
     "random_subsets",
     "record",
@@ -71,4 +101,5 @@ __all__ = [
     "retrain",
     "roughness",
     "self_influence",
+    "tail_patch",
 ]

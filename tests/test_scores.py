@@ -151,12 +151,16 @@ def test_top_and_of():
 
 def test_predicted_change():
     values = torch.tensor([[3.0, -1.0, 2.0, 5.0, -4.0], [0.0, 1.0, 2.0, 3.0, 4.0]])
-    found = scores(values=values)
+    found = scores(values=values, counterfactual=Counterfactual(0.5, "zero_weight"))
     assert found.predicted_change([10, 2**40]).tolist() == [1.0, -4.0]
     assert found.predicted_change(torch.tensor([2**40, 10])).tolist() == [1.0, -4.0]
     assert found.predicted_change([]).tolist() == [0.0, 0.0]
     kept = torch.tensor([[False, True, True, True, False], [True] * 5])
     assert found.predicted_subset(kept).tolist() == [[1.0, -4.0], [0.0, 0.0]]
+    # Where a random half is deleted, what stays counts twice at the run of matched training time.
+    deleted = scores(values=values, counterfactual=Counterfactual(0.5, "deletion"))
+    assert deleted.predicted_change([10, 2**40]).tolist() == [2.0, -8.0]
+    assert deleted.predicted_subset(kept).tolist() == [[2.0, -8.0], [0.0, 0.0]]
     with pytest.raises(InputError, match="only once"):
         found.predicted_change([10, 3, 10])
     with pytest.raises(UnknownExample, match=r"\[11\]"):

@@ -4,6 +4,7 @@ scores[q, i] = d measurement_q / d w_i
 """
 
 import logging
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,6 +71,7 @@ def attribute(
             raise InputError("there is no run to attribute.")
         shared: dict[str, Any] = {"keep": keep, "removal": removal, "seeds": seeds, "query_batch": query_batch}
         return Scores.mean([attribute(one, queries, method=method, check_roughness=check_roughness, **shared) for one in run])
+    began = time.process_time()
     method = method or Unrolled()
     asked = queries if isinstance(queries, Queries) else Queries(queries)
     counterfactual = run.counterfactual if keep is None else Counterfactual(keep, removal, seeds)
@@ -84,8 +86,17 @@ def attribute(
     values = torch.cat([_sum_parts(method, point, part, notes) for part in asked.slices(query_batch)])
     if isinstance(point, Trajectory):
         notes.add(replay_drift=point.drift)
+    notes.add(seconds=time.process_time() - began)
     return Scores(
-        values, run.examples.ids, asked.ids, repr(method), method.unit, run.digest, counterfactual, dict(notes.entries)
+        values,
+        run.examples.ids,
+        asked.ids,
+        repr(method),
+        method.unit,
+        run.digest,
+        counterfactual,
+        dict(notes.entries),
+        asked,
     )
 
 

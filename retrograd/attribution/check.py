@@ -1,8 +1,12 @@
 """How far scores can be trusted: what they predicted, what came out, and what the best possible prediction would have got."""
 
+import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -62,7 +66,59 @@ class Check:
     ceilings: Mapping[str, float] = field(default_factory=dict)
     advice: tuple[str, ...] = ()
 
+    def plain(self) -> dict[str, Any]:
+        """Return everything as plain values for JSON."""
+        agreements = {name: _agreement_plain(getattr(self, name)) for name in _AGREEMENTS}
+        return {
+            "predicted": _array_plain(self.predicted),
+            "actual": _array_plain(self.actual),
+            **agreements,
+            "counterfactual": [self.counterfactual.keep, self.counterfactual.removal, self.counterfactual.seeds],
+            "examples": self.examples,
+            "seeds": self.seeds,
+            "ceilings": dict(self.ceilings),
+            "advice": list(self.advice),
+        }
+
+    @staticmethod
+    def of_plain(plain: Mapping[str, Any]) -> "Check":
+        """Undo `plain`."""
+        agreements = {name: Agreement(**{**plain[name], "per_query": _array(plain[name]["per_query"])}) for name in _AGREEMENTS}
+        return Check(
+            predicted=_array(plain["predicted"]),
+            actual=_array(plain["actual"]),
+            counterfactual=Counterfactual(*plain["counterfactual"]),
+            examples=plain["examples"],
+            seeds=plain["seeds"],
+            ceilings=plain["ceilings"],
+            advice=tuple(plain["advice"]),
+            **agreements,
+        )
+
     def __str__(self) -> str:
-        """Give the correlation, its interval and the counterfactual in one sentence."""
+        """Give the correlation, its interval and the counterfactual, in one line."""
         r = self.pearson
         return f"predicted vs actual r = {r.value:.2f} [{r.low:.2f}, {r.high:.2f}] at {self.counterfactual}"
+
+
+_AGREEMENTS = ("pearson", "spearman", "slope")
+
+
+def _agreement_plain(found: Agreement) -> dict[str, Any]:
+    return {
+        "value": found.value,
+        "low": found.low,
+        "high": found.high,
+        "confidence": found.confidence,
+        "per_query": _array_plain(found.per_query),
+    }
+
+
+def _array_plain(values: Tensor) -> dict[str, Any]:
+    array = values.detach().cpu().contiguous().numpy()
+    return {"dtype": str(array.dtype), "shape": list(array.shape), "base64": base64.b64encode(array.tobytes()).decode()}
+
+
+def _array(plain: Mapping[str, Any]) -> Tensor:
+    array = np.frombuffer(base64.b64decode(plain["base64"], validate=True), plain["dtype"])
+    return torch.from_numpy(array.reshape(plain["shape"]).copy())

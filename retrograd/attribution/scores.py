@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from retrograd.adjoint import Queries
+from retrograd.attribution.check import Check
 from retrograd.errors import CorruptRecord, InputError, UnknownExample
 from retrograd.files import replace_file
 from retrograd.trajectory import Counterfactual
@@ -42,7 +44,9 @@ class Scores:
         unit: their unit.
         trajectory_digest: digest of the run, or of all runs of an average joined by commas.
         counterfactual: the change of the data that they are meant to predict.
-        notes: what the method and the run reported: coverage, roughness, lost energy.
+        notes: what the method and the run reported: coverage, roughness, lost energy, processor seconds.
+        queries: what was asked, so that it can be asked again of retrained models; not in files.
+        check: predictions beside outcomes of retraining, if they were compared (`retrograd.check`).
 
     >>> scores = Scores(torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([10, 11, 12]), torch.tensor([0]), "by hand")
     >>> scores.top(0, k=2)
@@ -59,6 +63,8 @@ class Scores:
     trajectory_digest: str = ""
     counterfactual: Counterfactual = field(default_factory=Counterfactual)
     notes: Mapping[str, Any] = field(default_factory=dict)
+    queries: Queries | None = field(default=None, repr=False, compare=False)
+    check: Check | None = field(default=None, compare=False)
 
     def __post_init__(self):
         if self.values.shape != (len(self.query_ids), len(self.example_ids)):
@@ -94,6 +100,8 @@ class Scores:
     def predicted_change(self, removed: Sequence[int] | Tensor) -> Float[Tensor, " query"]:
         """Predict how each measurement changes when these examples, of weight 1, are removed: minus the sum of their scores.
 
+        (Times 1 / ``keep`` where a random share ``keep`` stays and the rest is deleted, see `Counterfactual.kept_weight`.)
+
         Args:
             removed: ids of the removed examples, each at most once.
         """
@@ -103,15 +111,29 @@ class Scores:
         unknown = ids[~torch.isin(ids, self.example_ids)]
         if len(unknown):
             raise UnknownExample(f"the scores have no example with the id {unknown.tolist()[:5]}.")
-        return -self.values[:, torch.isin(self.example_ids, ids)].sum(dim=1)
+        return -self.counterfactual.kept_weight * self.values[:, torch.isin(self.example_ids, ids)].sum(dim=1)
 
     def predicted_subset(self, kept: Tensor) -> Float[Tensor, "subset query"]:
-        """Predict the change of each measurement when only a subset is kept.
+        """Predict the change of each measurement when only a subset is kept, or weights are multiplied by factors.
 
         Args:
-            kept: True for the examples that stay, in the order of ``example_ids``, shape ``[subset, example]``.
+            kept: True for the examples that stay, or a factor on each weight, in the order of ``example_ids``, shape
+                ``[subset, example]``.
         """
-        return -(~kept).to(self.values) @ self.values.T
+        return self.counterfactual.kept_weight * (kept.to(self.values) - 1) @ self.values.T
+
+    def asked(self, queries: Any = None) -> Queries:
+        """Return what was asked, to ask it again.
+
+        Args:
+            queries: the same queries once more; needed for scores that come from a file, which holds only their ids.
+        """
+        found = self.queries if queries is None else queries if isinstance(queries, Queries) else Queries(queries)
+        if found is None:
+            raise InputError("these scores do not hold their queries, as they come from a file: give them again, queries=...")
+        if not torch.equal(found.ids, self.query_ids):
+            raise InputError(f"these are other queries than those of the scores, whose ids are {self.query_ids.tolist()[:10]}.")
+        return found
 
     @staticmethod
     def mean(parts: "Sequence[Scores]") -> "Scores":
@@ -126,7 +148,10 @@ class Scores:
                 raise InputError(f"{first!r} and {other!r} do not mean the same: unit and counterfactual must agree.")
         values = torch.stack([part.values for part in parts]).mean(0)
         digest = ",".join(part.trajectory_digest for part in parts)
-        return replace(first, values=values, trajectory_digest=digest, notes={**first.notes, "runs": len(parts)})
+        notes = {**first.notes, "runs": len(parts)}
+        if all("seconds" in part.notes for part in parts):
+            notes["seconds"] = sum(part.notes["seconds"] for part in parts)
+        return replace(first, values=values, trajectory_digest=digest, notes=notes, check=None)
 
     # ------------------------------------------------------------------ files
 
@@ -144,6 +169,7 @@ class Scores:
             "trajectory_digest": self.trajectory_digest,
             "counterfactual": [self.counterfactual.keep, self.counterfactual.removal, self.counterfactual.seeds],
             "notes": dict(self.notes),
+            "check": None if self.check is None else self.check.plain(),
         }
         about["digest"] = _digest(columns, about)
         table = pa.table(columns).replace_schema_metadata({"retrograd": json.dumps(about)})
@@ -176,6 +202,7 @@ class Scores:
                 about["trajectory_digest"],
                 Counterfactual(*about["counterfactual"]),
                 about["notes"],
+                check=None if about["check"] is None else Check.of_plain(about["check"]),
             )
         except FileNotFoundError:
             raise

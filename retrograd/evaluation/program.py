@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retrograd.adjoint import Queries
 from retrograd.evaluation.course import Course, Protocol
 from retrograd.params import Params
-from retrograd.trajectory import StepInputs, TrainingState, Trajectory
+from retrograd.trajectory import StepInputs, TrainingState, Trajectory, UpdateMap
 from retrograd.trajectory.state import map_batch
 
 MOST_TOGETHER = 128  # beyond it a batched step gains next to nothing, and a killed study loses more
-_PILOT_STEPS, _PILOT_MODELS = 2, 16
+_PILOT_STEPS, _PILOT_SECONDS, _FEWEST_IN_PILOT, _MOST_IN_PILOT = 2, 0.02, 4, 16
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Program:
             inputs, weights = course.step(number)
             states = update_map.many(states, inputs, weights, own_batches=course.own_batches)
             yield
-        return self._measure(states)
+        return measured(update_map, self.queries, states)
 
     def _single(self, course: Course, seed: int | None, count: int) -> Generator[None, None, Tensor]:
         update_map, state = self.protocol.run.update_map, self.starts[seed]
@@ -89,12 +89,15 @@ class Program:
         with torch.no_grad():
             return self.queries.values(update_map, state).detach()[None].cpu()
 
-    def _measure(self, states: TrainingState) -> Tensor:
-        def measure(params: Params, buffers: Params) -> Tensor:
-            return self.queries.values(self.protocol.run.update_map, TrainingState(params, {}, buffers, states.step))
 
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no batched form
-            return torch.func.vmap(measure)(states.params, states.buffers).cpu()
+def measured(update_map: UpdateMap, queries: Queries, states: TrainingState) -> Tensor:
+    """Measure many models at once, ``[model, query]``; every tensor of ``states`` has a leading axis ``model``."""
+
+    def measure(params: Params, buffers: Params) -> Tensor:
+        return queries.values(update_map, TrainingState(params, {}, buffers, states.step))
+
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no batched form
+        return torch.func.vmap(measure)(states.params, states.buffers).cpu()
 
 
 def plain(inputs: StepInputs, weights: Tensor, own_batches: bool) -> StepInputs:
@@ -126,21 +129,22 @@ def best_together(protocol: Protocol, start: TrainingState, factors: Tensor, see
     most = min(len(factors), MOST_TOGETHER, memory // _bytes_per_model(protocol.run, start))
     if most < 2:
         return 1
-    count = min(most, _PILOT_MODELS)  # more would cost more, and only help the batched program
-    course = Course(protocol, factors[:1].expand(count, -1), torch.arange(count), seed)
+    course = Course(protocol, factors[:1], torch.zeros(1, dtype=torch.int64), seed)
     steps = [course.step(number) for number in range(min(_PILOT_STEPS, len(course)))]
-    update_map, states = protocol.run.update_map, stacked(start, count)
+    update_map = protocol.run.update_map
+    alone = _seconds(lambda inputs, weights: update_map(start, plain(inputs, weights, course.own_batches)), steps)
+    # A batched step of many small models is mostly overhead, which more of them share; large ones need fewer to show.
+    count = min(most, max(_FEWEST_IN_PILOT, min(_MOST_IN_PILOT, round(_PILOT_SECONDS / alone))))
+    states = stacked(start, count)
 
     def batched(inputs: StepInputs, weights: Tensor) -> None:
-        update_map.many(states, inputs, weights, own_batches=course.own_batches)
+        many = map_batch(lambda leaf: leaf.expand(count, *leaf.shape[1:]), inputs.batch) if course.own_batches else inputs.batch
+        update_map.many(states, replace(inputs, batch=many), weights.expand(count, -1), own_batches=course.own_batches)
 
-    def single(inputs: StepInputs, weights: Tensor) -> None:
-        update_map(start, plain(inputs, weights, course.own_batches))
-
-    return most if _seconds(batched, steps) < count * _seconds(single, steps) else 1
+    return most if _seconds(batched, steps) < count * alone else 1
 
 
-def _seconds(step: Callable[[StepInputs, Tensor], None], steps: list[tuple[StepInputs, Tensor]]) -> float:
+def _seconds(step: Callable[[StepInputs, Tensor], object], steps: list[tuple[StepInputs, Tensor]]) -> float:
     """The least time that a step took; the first of each kind warms up and is not counted."""
     step(*steps[0])
     found = []

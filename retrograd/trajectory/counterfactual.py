@@ -59,3 +59,12 @@ class Counterfactual:
     def matched_inputs(self) -> tuple[float, float]:
         """Return the factors on the learning rates and on the example weights of the matching run."""
         return (self.keep, 1.0) if self.removal == "deletion" else (1.0, self.keep)
+
+    @property
+    def kept_weight(self) -> float:
+        """Weight, at the matching run, of an example that stays: what it has more than one of weight 0 that goes.
+
+        With deletion, those that stay fill the batches of a run that is ``keep`` times as long. At the matching run, whose
+        steps are ``keep`` times as large and not fewer, that is a weight of 1 / ``keep``.
+        """
+        return 1 / self.keep if self.removal == "deletion" else 1.0
