@@ -8,13 +8,14 @@ A part is made by whoever holds its lock. The operating system frees the lock of
 a part is looked for again after its lock was taken, so none is made twice.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from retrograd.errors import CorruptRecord, IncompleteRecord, NotRecorded, RecordExists
@@ -36,7 +37,7 @@ class Study:
     def __init__(self, path: str | PathLike[str]):
         self.path = Path(path)
 
-    def begin(self, asked: dict[str, Any], measure: Any, **shape: Any) -> dict[str, Any]:
+    def begin(self, asked: dict[str, Any], measure: Callable[[], int], **shape: Any) -> dict[str, Any]:
         """Write the manifest, or read that of another process or time.
 
         Args:
@@ -47,8 +48,6 @@ class Study:
         Raises:
             RecordExists: the folder holds another study.
         """
-        from filelock import FileLock
-
         (self.path / "locks").mkdir(parents=True, exist_ok=True)
         with FileLock(self.path / "locks" / "study.lock"):
             if not (self.path / "study.json").is_file():
@@ -76,8 +75,6 @@ class Study:
     @contextmanager
     def claim(self, part: int) -> Iterator[bool]:
         """Try to become the one who makes a part; gives False where another process is at it, or it is finished."""
-        from filelock import FileLock, Timeout
-
         lock = FileLock(self.path / "locks" / f"part-{part:06d}.lock")
         try:
             lock.acquire(timeout=0)

@@ -54,14 +54,13 @@ class Work:
                 for part in [part for part in self._open if part not in {number for number, _ in flying.values()}]:
                     if len(flying) == _IN_FLIGHT:
                         break
-                    stack = ExitStack()
-                    if stack.enter_context(self._claim(part)):
-                        rows, seed = self._parts[part]
-                        given = (self._factors[rows].numpy(), rows.numpy(), self._seeds[seed])
-                        flying[executor.submit(_train_there, job, *given)] = (part, stack)
-                    else:
-                        stack.close()
-                        yield from self._close(part, counted=False)
+                    with ExitStack() as stack:
+                        if stack.enter_context(self._claim(part)):
+                            rows, seed = self._parts[part]
+                            given = (self._factors[rows].numpy(), rows.numpy(), self._seeds[seed])
+                            flying[executor.submit(_train_there, job, *given)] = (part, stack.pop_all())
+                            continue
+                    yield from self._close(part, counted=False)
                 for future in wait(flying, timeout=1.0, return_when=FIRST_COMPLETED).done:
                     part, stack = flying.pop(future)
                     with stack:
@@ -78,8 +77,8 @@ class Work:
         """Put the measurements of all parts together."""
         first = self._found[0]
         values = first.new_empty(len(self._factors), len(self._seeds), first.shape[1])
-        for (rows, seed), found in zip(self._parts, map(self._found.__getitem__, range(len(self._parts))), strict=True):
-            values[rows, seed] = found
+        for part, (rows, seed) in enumerate(self._parts):
+            values[rows, seed] = self._found[part]
         return values
 
     def _claim(self, part: int) -> AbstractContextManager[bool]:
