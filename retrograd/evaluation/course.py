@@ -122,7 +122,7 @@ class Course:
         self._run, self._seed, self._factors = run, seed, factors
         self._dtype = next(iter(run.update_map.model.parameters())).dtype
         self.own_batches = protocol.removal == "deletion"
-        self._weights = None if seed is None and not self.own_batches else _example_weights(run)
+        self._weights = None if seed is None and not self.own_batches else example_weights(run)
         self._orders: list[list[Tensor]] | None = None  # one for all models, or one for each
         length = len(run)
         if self.own_batches:
@@ -175,8 +175,12 @@ class Course:
         return hyper
 
 
-def _example_weights(run: Trajectory) -> Tensor:
-    """The recorded weight of each example, which must be the same at each of its visits."""
+def example_weights(run: Trajectory) -> Tensor:
+    """Return the recorded weight of each example, 1 for those never seen.
+
+    Raises:
+        InputError: an example weighs more at one visit than at another.
+    """
     weights = torch.full((len(run.examples),), torch.nan, dtype=torch.float64)
     for record in run.records:
         rows = run.examples.rows(record.example_ids)

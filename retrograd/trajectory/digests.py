@@ -9,7 +9,7 @@ The chain covers what went *into* each step. What came out is covered by the dig
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -84,8 +84,13 @@ def chain(start: str, records: Sequence[StepRecord]) -> list[str]:
 
 
 def _describe(thing: Any) -> dict[str, Any]:
-    options = asdict(thing) if is_dataclass(thing) and not isinstance(thing, type) else {}
-    plain = {
-        key: value if isinstance(value, str | int | float | bool | None) else repr(value) for key, value in options.items()
-    }
-    return {"class": type(thing).__qualname__, "options": plain}
+    options = {one.name: getattr(thing, one.name) for one in fields(thing)} if is_dataclass(thing) else {}
+    return {"class": type(thing).__qualname__, "options": {name: _plain(value) for name, value in options.items()}}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool | None):
+        return value
+    if is_dataclass(value) or type(value).__repr__ is object.__repr__:  # a memory address says nothing tomorrow
+        return _describe(value)
+    return repr(value)
