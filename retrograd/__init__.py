@@ -6,7 +6,8 @@ Record a training run once, then ask it which training data made the model do wh
     scores = retrograd.attribute(run, queries)
     scores.top(query=0, k=5)
 
-The verbs: `record`, `open_run`, `attribute`, `self_influence`, `retrain`, `roughness`, `coverage`, `citation`.
+The verbs: `record`, `open_run`, `attribute`, `self_influence`, `check`, `retrain`, `evaluate`, `find_mislabelled`, `prune`,
+`reweight`, `roughness`, `coverage`, `citation`.
 """
 
 from retrograd.adjoint import Queries, TracIn, Unrolled
@@ -33,6 +34,16 @@ from retrograd.evaluation import (
     tail_patch,
 )
 from retrograd.progress import reporting
+from retrograd.selection import (
+    Distillation,
+    Effect,
+    Selection,
+    find_mislabelled,
+    prune,
+    reweight,
+    suggested_weight,
+    with_teacher,
+)
 from retrograd.task import Classification, Regression, Task
 from retrograd.trajectory import (
     All,
@@ -63,6 +74,8 @@ __all__ = [
     "Counterfactual",
     "Coverage",
     "Detection",
+    "Distillation",
+    "Effect",
     "Every",
     "Examples",
     "Queries",
@@ -72,6 +85,7 @@ __all__ = [
     "Retrained",
     "Roughness",
     "Scores",
+    "Selection",
     "Sqrt",
     "Study",
     "TailPatch",
@@ -89,17 +103,22 @@ __all__ = [
     "citation",
     "coverage",
     "evaluate",
+    "find_mislabelled",
     "leave_one_out",
     "linear_datamodeling_score",
     "mislabelled_detection",
     "noise_ceiling",
     "one_seed_wall",
     "open_run",
+    "prune",
     "random_subsets",
     "record",
     "reporting",
     "retrain",
+    "reweight",
     "roughness",
     "self_influence",
+    "suggested_weight",
     "tail_patch",
+    "with_teacher",
 ]

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from retrograd import (
+    Check,
     Classification,
     Counterfactual,
     Coverage,
     Examples,
+    Retrained,
     Roughness,
     Scores,
     TracIn,
@@ -34,14 +36,14 @@ from retrograd import (
     Unrolled,
     attribute,
     coverage,
-    linear_datamodeling_score,
+    evaluate,
     random_subsets,
     record,
     retrain,
     roughness,
 )
 from retrograd.adjoint import Adjoint
-from retrograd.errors import RecordExists
+from retrograd.errors import InputError, RecordExists
 from retrograd.optional import optional
 from retrograd.report import MethodView, QueryView, RankedImage, write_report
 
@@ -75,12 +77,28 @@ class MethodResult:
         correlation: Pearson's, predicted with actual margins over random halves, mean over queries.
         rank_correlation: Spearman's: the linear datamodeling score.
         seconds: what the scores took.
+        check: predictions beside outcomes, with ceilings and advice.
     """
 
     name: str
     correlation: Correlation
     rank_correlation: Correlation
     seconds: float
+    check: Check
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures as plain values for JSON; of the check without its arrays."""
+        slope = self.check.slope
+        return {
+            "name": self.name,
+            "correlation": asdict(self.correlation),
+            "rank_correlation": asdict(self.rank_correlation),
+            "slope": asdict(Correlation(slope.value, slope.low, slope.high)),
+            "says": str(self.check),
+            "ceilings": dict(self.check.ceilings),
+            "advice": list(self.check.advice),
+            "seconds": self.seconds,
+        }
 
 
 @dataclass(frozen=True)
@@ -119,7 +137,8 @@ class DemoResult:
 
     def figures(self) -> dict[str, Any]:
         """Return everything as plain values for JSON."""
-        return asdict(self) | {"page": str(self.page), "run": str(self.run)}
+        own = asdict(replace(self, methods=())) | {"page": str(self.page), "run": str(self.run)}
+        return own | {"methods": [method.figures() for method in self.methods]}
 
 
 @dataclass(frozen=True)
@@ -169,15 +188,18 @@ def run_demo(output: str | os.PathLike[str], *, epochs: int = 12, subsets: int =
     Args:
         output: folder for the page, the figures and the run. An earlier demo in it is replaced once the new one is whole.
         epochs: of training.
-        subsets: random halves on which the network is trained again.
+        subsets: random halves on which the network is trained again; an even number, as they come in complementary pairs.
         seed: of the split, the initial network and the order of the batches.
 
     Raises:
+        InputError: ``subsets`` is odd or below 4.
         RecordExists: ``output`` holds files of these names that are no demo's.
         MissingDependency: a package of the extras ``cli`` and ``report`` is not installed.
     """
     for module in ("plotly.offline", "jinja2", "scipy.stats"):
         optional(module, "report")  # now, not after the work
+    if subsets % 2 or subsets < 4:
+        raise InputError(f"the random halves come in complementary pairs: subsets must be even and at least 4, got {subsets}.")
     target = Path(output)
     _refuse_foreign(target)
     began, seconds = time.perf_counter(), dict[str, float]()
@@ -207,11 +229,11 @@ def run_demo(output: str | os.PathLike[str], *, epochs: int = 12, subsets: int =
             with _timed(seconds, name):
                 scores[name] = attribute(point, queries, method=method, check_roughness=False)
         with _timed(seconds, "retraining"):
-            kept = random_subsets(run, subsets, COUNTERFACTUAL.keep, seed + 1)
-            actual = retrain(run, queries, kept, removal=COUNTERFACTUAL.removal).outcomes
+            kept = random_subsets(run, subsets, COUNTERFACTUAL.keep, seed + 1, complementary=True)
+            retrained = retrain(run, queries, kept, removal=COUNTERFACTUAL.removal)
         with _timed(seconds, "agreement"):
             middle = point.measurements(queries.batch(asked))
-            views = [_compare(name, scores[name], middle, kept, actual) for name in METHODS]
+            views = [_compare(name, scores[name], middle, retrained) for name in METHODS]
         views_of_queries = [_view(digits, says, run, query, next(iter(scores.values()))) for query in asked.tolist()]
         added = len(asked) - wrong
         write_report(
@@ -224,7 +246,7 @@ def run_demo(output: str | os.PathLike[str], *, epochs: int = 12, subsets: int =
             facts=_facts(run, epochs, margins, rough, coverage(run), subsets),
             queries=views_of_queries,
             methods=views,
-            actual=actual,
+            actual=retrained.outcomes,
         )
         seconds["total"] = time.perf_counter() - began
         result = DemoResult(
@@ -257,25 +279,19 @@ def _choose(digits: Digits, says: Tensor, margins: Tensor) -> tuple[Tensor, int]
     return torch.cat([order[is_wrong], order[~is_wrong][: max(FEWEST_QUERIES - wrong, 0)]]), wrong
 
 
-def _compare(name: str, scores: Scores, middle: Tensor, kept: Tensor, actual: Tensor) -> MethodView:
+def _compare(name: str, scores: Scores, middle: Tensor, retrained: Retrained) -> MethodView:
     """Predict the margins after each retraining, to first order in the weights w around the run where all are ``keep``.
 
     f(w) ≈ f(keep) + Σ_i (w_i − keep) s_i  =  f(keep) + (1 − keep) Σ_i s_i − Σ_{i removed} s_i
     """
     all_back = (1 - scores.counterfactual.keep) * scores.values.sum(dim=1)
-    predicted = middle + all_back + scores.predicted_subset(kept)
-    return MethodView(
-        name,
-        METHODS[name][0],
-        predicted,
-        linear_datamodeling_score(predicted, actual, ranks=False),
-        linear_datamodeling_score(predicted, actual),
-    )
+    predicted = middle + all_back + scores.predicted_subset(retrained.factors)
+    return MethodView(name, METHODS[name][0], predicted, evaluate(scores, retrained))
 
 
 def _result(view: MethodView, seconds: float) -> MethodResult:
-    plain = [Correlation(one.value, one.low, one.high) for one in (view.correlation, view.rank_correlation)]
-    return MethodResult(view.name, plain[0], plain[1], seconds)
+    plain = [Correlation(one.value, one.low, one.high) for one in (view.check.pearson, view.check.spearman)]
+    return MethodResult(view.name, plain[0], plain[1], seconds, view.check)
 
 
 # ---------------------------------------------------------------------- what the page shows
@@ -310,7 +326,8 @@ def _facts(run: Trajectory, epochs: int, margins: Tensor, rough: Roughness, cove
         "label less than half.",
         "Counterfactual": "A random half of the training images weighs nothing; start and batches stay as they were. Scores "
         "are derivatives at the run in which every image weighs ½, the middle of all random halves.",
-        "Ground truth": f"{subsets} networks trained again on random halves, from the same start and on the same batches.",
+        "Ground truth": f"{subsets} networks trained again on random halves, from the same start and on the same batches. "
+        "The halves come in complementary pairs, which show how far outcomes are sums over images at all.",
         "Roughness": _sentence(str(rough)),
         "Coverage": _sentence(str(covered)),
     }

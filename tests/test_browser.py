@@ -49,6 +49,17 @@ def test_scatters_are_drawn_and_lead_to_their_queries(page):
     assert shown(page) == "query-101"
 
 
+def test_what_the_checks_found_can_be_read(page):
+    found = page.locator(".check")
+    assert found.count() == 3  # two methods and what is the best possible
+    for place in range(3):
+        assert found.nth(place).is_visible()
+        assert found.nth(place).evaluate("box => box.scrollWidth <= box.clientWidth")
+    assert found.nth(0).locator("p").inner_text().startswith(("predicted vs actual r = ", "Predicted vs actual r = "))
+    assert found.nth(1).locator("li").count() == 2
+    assert "could pass r = 0.99" in found.nth(2).inner_text()
+
+
 def test_queries_are_reached_by_link_button_key_and_address(page):
     assert shown(page) == "query-100"
     page.locator("nav a").nth(2).click()

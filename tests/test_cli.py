@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 import retrograd
 from retrograd import cli
+from retrograd.cli import console, contents
+from retrograd.cli.contents import read_contents
 from retrograd.errors import CorruptRecord, RetrogradError
 from retrograd.trajectory import digests
 from retrograd.trajectory.store import RunFolder
@@ -77,17 +79,17 @@ def test_show_says_what_was_recorded(tmp_path):
 
 def test_show_as_json(tmp_path):
     result = call("show", recorded(tmp_path / "run"), "--json")
-    contents = json.loads(result.stdout)
+    found = json.loads(result.stdout)
     assert result.exit_code == 0
-    assert contents["status"] == "complete"
-    assert contents["model"] == {"class": "Linear", "parameters": 8, "tensors": 2}
-    assert contents["data"]["count"] == contents["checked"]["examples"] == 40
-    assert contents["checkpoints"][0] == 0
-    assert contents["checkpoints"][-1] == contents["steps"] == 40
-    assert contents["checked"]["checkpoints"] == len(contents["checkpoints"])
-    assert contents["optimizer"]["last"][0]["learning_rate"] == pytest.approx(0.1)
-    assert contents["loss"]["first"] > 0
-    assert contents["bytes"] == sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
+    assert found["status"] == "complete"
+    assert found["model"] == {"class": "Linear", "parameters": 8, "tensors": 2}
+    assert found["data"]["count"] == found["checked"]["examples"] == 40
+    assert found["checkpoints"][0] == 0
+    assert found["checkpoints"][-1] == found["steps"] == 40
+    assert found["checked"]["checkpoints"] == len(found["checkpoints"])
+    assert found["optimizer"]["last"][0]["learning_rate"] == pytest.approx(0.1)
+    assert found["loss"]["first"] > 0
+    assert found["bytes"] == sum(file.stat().st_size for file in (tmp_path / "run").rglob("*") if file.is_file())
 
 
 def test_show_without_a_run(tmp_path):
@@ -170,7 +172,7 @@ def test_show_finds_damage(tmp_path, file, damage):
     folder = recorded(tmp_path / "run")
     damage(folder / file)
     with pytest.raises(CorruptRecord):
-        cli.read_contents(folder)
+        read_contents(folder)
     result = call("show", folder)
     assert result.exit_code == 1
     assert result.stdout == ""
@@ -208,7 +210,7 @@ def test_digests_are_those_of_the_library(tmp_path):
         batch_size=2,
         folder=tmp_path / "run",
     )
-    assert cli.read_contents(tmp_path / "run")["head"] == run.digest == digests.chain(run.genesis(), run.records)[-1]
+    assert read_contents(tmp_path / "run")["head"] == run.digest == digests.chain(run.genesis(), run.records)[-1]
     assert retrograd.open_run(tmp_path / "run", model, data, retrograd.Regression()).digest == run.digest
 
 
@@ -223,7 +225,7 @@ def test_errors_are_messages(monkeypatch):
 
 
 def test_bars_take_phases_in_any_order():
-    with cli.progress_bars():
+    with console.progress_bars():
         for phase, done, total in [("a", 0, 3), ("b", 0, 2), ("a", 1, 3), ("b", 2, 2), ("b", 0, 5), ("c", 4, 4), ("a", 3, 3)]:
             retrograd.progress._reporter.get()(phase, done, total)
         bars = retrograd.progress._reporter.get()
@@ -235,7 +237,7 @@ def test_bars_take_phases_in_any_order():
 
 
 def test_a_stranger_cannot_steer_the_terminal():
-    assert cli._printable("a\x1b[2Jb\nc") == "a\N{REPLACEMENT CHARACTER}[2Jb\nc"
+    assert contents._printable("a\x1b[2Jb\nc") == "a\N{REPLACEMENT CHARACTER}[2Jb\nc"
 
 
 def test_without_typer_it_says_how_to_install():
@@ -244,3 +246,19 @@ def test_without_typer_it_says_how_to_install():
     assert result.returncode == 1
     assert "pip install 'retrograd[cli]'" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_demo_prints_the_checks(tmp_path, monkeypatch):
+    from retrograd import demo
+
+    run_demo = demo.run_demo
+    monkeypatch.setattr("retrograd.demo.TRAINING_IMAGES", 1700)
+    monkeypatch.setattr("retrograd.demo.run_demo", lambda output: run_demo(output, epochs=2, subsets=8))
+    result = call("demo", "-o", tmp_path / "demo")
+    assert result.exit_code == 0, result.output
+    figures = json.loads((tmp_path / "demo" / "results.json").read_text())
+    for method in figures["methods"]:
+        assert f"{method['says']}.\n" in result.stdout
+        for advice in method["advice"]:
+            assert f"What to try: {advice}\n" in result.stdout
+    assert result.stdout.count("No sum of one number for each example could pass r = ") == 1

@@ -1,5 +1,6 @@
 """The main job, in a small form."""
 
+import html
 import json
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import retrograd
 from retrograd import Classification, open_run
 from retrograd.demo import Correlation, load_digits, run_demo, small_network
-from retrograd.errors import RecordExists
+from retrograd.errors import InputError, RecordExists
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -31,12 +32,31 @@ def test_the_exact_adjoint_predicts_retraining(result):
     assert result.queries == max(result.wrong, 8)
 
 
+def test_the_predictions_are_checked(result):
+    exact, tracin = (method.check for method in result.methods)
+    assert exact.predicted.shape == exact.actual.shape == (result.subsets, result.queries)
+    assert torch.equal(exact.actual, tracin.actual)
+    assert exact.pearson.value == result.methods[0].correlation.value
+    assert exact.spearman.value == result.methods[0].rank_correlation.value
+    assert 0.8 < exact.slope.value < 1.25
+    assert exact.ceilings.keys() == {"additive"}  # the halves come in pairs
+    assert exact.pearson.value < exact.ceilings["additive"] + 0.02
+    assert not exact.advice
+    assert tracin.advice
+    page = html.unescape(result.page.read_text(encoding="utf-8"))
+    for part in (str(exact), str(tracin), f"could pass r = {exact.ceilings['additive']:.2f}", "What to try", *tracin.advice):
+        assert part in page
+    assert str(exact).endswith(result.counterfactual)
+
+
 def test_the_page_and_the_figures_are_there(result):
     folder = result.page.parent
     assert sorted(path.name for path in folder.iterdir()) == ["index.html", "plotly.min.js", "results.json", "run"]
     assert result.page.read_text(encoding="utf-8").count("<article ") == result.queries
     figures = json.loads((folder / "results.json").read_text())
     assert figures["methods"][0]["correlation"]["value"] == result.methods[0].correlation.value
+    assert figures["methods"][0]["says"] == str(result.methods[0].check)
+    assert figures["methods"][1]["advice"] == list(result.methods[1].check.advice)
     assert figures["wrong"] == result.wrong
 
 
@@ -60,7 +80,7 @@ def test_few_wrong_images_are_topped_up_and_an_earlier_demo_is_replaced(result, 
     folder = result.page.parent
     monkeypatch.setattr("retrograd.demo.FEWEST_QUERIES", 90)
     (folder / "notes.txt").write_text("mine")
-    again = run_demo(folder, epochs=1, subsets=3)
+    again = run_demo(folder, epochs=1, subsets=4)
     assert again.queries == 90
     assert "were added, to have 90" in again.page.read_text(encoding="utf-8")
     assert (folder / "notes.txt").read_text() == "mine"
@@ -76,6 +96,13 @@ def test_what_no_demo_made_is_left_alone(tmp_path, name):
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with pytest.raises(RecordExists, match="is a file"):
         run_demo(tmp_path / name)
+
+
+@pytest.mark.parametrize("subsets", [0, 2, 25])
+def test_halves_come_in_pairs(tmp_path, subsets):
+    with pytest.raises(InputError, match="complementary pairs"):
+        run_demo(tmp_path, subsets=subsets)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_demo_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):

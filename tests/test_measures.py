@@ -392,3 +392,12 @@ def test_additive_ceiling_and_detection_cover(apart):
             covered[name] += estimate.low <= truth[name] <= estimate.high
     print("covered", covered)
     assert min(covered.values()) >= 90, covered
+
+
+@pytest.mark.parametrize("subsets", [6, 16, 24])
+def test_few_subsets_that_agree_well_have_a_narrow_interval(subsets):
+    """The bias of so few ranks is larger than what is left to 1."""
+    g = draws(5)
+    predicted = normal(g, subsets, 20)
+    found = linear_datamodeling_score(predicted, predicted + 0.1 * normal(g, subsets, 20))
+    assert 0.9 < found.low <= found.value < found.high < 1

@@ -11,15 +11,24 @@ import numpy as np
 import pytest
 import torch
 
+from retrograd import Check, Counterfactual, calibration, linear_datamodeling_score
 from retrograd.errors import InputError
-from retrograd.evaluation import linear_datamodeling_score
 from retrograd.report import MethodView, QueryView, RankedImage, write_report
 from retrograd.report.png import data_uri, encode_png
+from retrograd.report.sentences import ceilings, size_of_changes
 
 EVIL = "<script>alert('&')</script>"
+CEILINGS = {"additive": 0.986, "noise": 0.874, "one seed": 0.655}
+ADVICE = ("Lower the learning rate (docs/roughness.md).", "The interval is wide: check more subsets than 12.")
 
 
-def handmade(folder, *, title="Why?", label="3", count=3, subsets=12, **changes):
+def checked(predicted, actual, **changes):
+    measures = [linear_datamodeling_score(predicted, actual, ranks=ranks, resamples=20) for ranks in (False, True)]
+    slope = calibration(predicted, actual, resamples=20)
+    return Check(predicted, actual, *measures, slope, **({"counterfactual": Counterfactual(0.5), "examples": 40} | changes))
+
+
+def handmade(folder, *, title="Why?", label="3", count=3, subsets=12, ceilings=CEILINGS, advice=ADVICE, **changes):
     generator = torch.Generator().manual_seed(0)
 
     def image():
@@ -29,8 +38,8 @@ def handmade(folder, *, title="Why?", label="3", count=3, subsets=12, **changes)
     methods = []
     for name, noise in (("Exact", 0.1), ("TracIn", 2.0)):
         predicted = actual + noise * torch.randn(subsets, count, generator=generator)
-        agreements = [linear_datamodeling_score(predicted, actual, ranks=ranks, resamples=20) for ranks in (False, True)]
-        methods.append(MethodView(name, "in words", predicted, *agreements))
+        found = checked(predicted, actual, seeds=3, ceilings=ceilings, advice=() if name == "Exact" else advice)
+        methods.append(MethodView(name, "in words", 5 + predicted, found))
     views = [
         QueryView(
             100 + number,
@@ -83,8 +92,59 @@ def test_page_shows_everything(tmp_path):
     assert sorted(path.name for path in page.parent.iterdir()) == ["index.html", "plotly.min.js"]
 
 
+class Text(HTMLParser):
+    """What a reader sees, in one line."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.parts, self.hidden = [], False
+        self.feed(page.read_text(encoding="utf-8"))
+        self.shown = " ".join(" ".join(self.parts).split())
+
+    def handle_starttag(self, tag, attrs):
+        self.hidden = tag in ("script", "style")
+
+    def handle_data(self, data):
+        self.parts += [] if self.hidden else [data]
+
+
+def test_page_says_what_the_checks_found(tmp_path):
+    shown = Text(handmade(tmp_path)).shown
+    sentences = re.findall(
+        r"predicted vs actual r = (\S+) \[\S+, \S+\] at keeping 50% by weight zero, same seeds\. "
+        r"One unit of predicted change went with \S+ \[\S+, \S+\] units of actual change",
+        shown,
+    )
+    assert len(sentences) == 2
+    assert float(sentences[0]) > 0.9 > float(sentences[1])
+    for sentence in (
+        "No sum of one number for each example could pass r = 0.99.",
+        "No prediction could pass a rank correlation of 0.87: the truth is a mean over only 3 seeds.",
+        "Knowing one seed’s own outcomes exactly would get a rank correlation of 0.66.",
+        *ADVICE,
+    ):
+        assert shown.count(sentence) == 1  # also where both methods have the same ceilings
+    assert shown.count("What to try") == 1
+    assert shown.index("TracIn") < shown.index("What to try") < shown.index(ADVICE[0]) < shown.index("The best possible")
+
+
+def test_a_page_without_ceilings_and_advice_has_no_empty_headings(tmp_path):
+    shown = Text(handmade(tmp_path, ceilings={}, advice=())).shown
+    assert shown.count("predicted vs actual r = ") == 2
+    assert "What to try" not in shown
+    assert "best possible" not in shown
+
+
+def test_sentences_come_from_the_figures():
+    predicted = torch.randn(30, 2, generator=torch.Generator().manual_seed(0))
+    found = checked(predicted, 0.5 * predicted)
+    assert size_of_changes(found.slope).startswith("One unit of predicted change went with 0.5 [0.5, 0.5] units of actual")
+    assert ceilings(found) == []
+
+
 def test_titles_and_labels_are_escaped(tmp_path):
-    text = handmade(tmp_path, title=EVIL, label=EVIL, lede=EVIL, facts={EVIL: EVIL}).read_text(encoding="utf-8")
+    given = {"title": EVIL, "label": EVIL, "lede": EVIL, "facts": {EVIL: EVIL}, "advice": (EVIL,)}
+    text = handmade(tmp_path, **given).read_text(encoding="utf-8")
     assert EVIL not in text
     assert "alert(" in text  # as text
 
@@ -139,6 +199,9 @@ def test_bad_input_is_refused(tmp_path):
         handmade(tmp_path / "none", queries=[])
     with pytest.raises(InputError, match=r"must be \[subset, query\]"):
         handmade(tmp_path / "shape", actual=torch.zeros(11, 3))
+    ones = torch.rand(12, 2, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(InputError, match=r"those of its check \(12, 2\)"):
+        handmade(tmp_path / "check", methods=[MethodView("Exact", "", torch.zeros(12, 3), checked(ones, ones))])
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         handmade(tmp_path / "file")

@@ -41,7 +41,7 @@ def attribute(
         method: how costates are obtained; exact unrolling if not given.
         keep: the counterfactual whose outcome the scores are to predict: the share of the training examples that stays. 1
             for small removals, which is right at the run itself; below 1 the run is trained again at matched training time
-            and linearised there. If not given, whatever the run was recorded for.
+            and linearised there. If not given, what the run was recorded for: 1, if nothing was said.
         removal: how examples leave, by ``"zero_weight"`` or by ``"deletion"`` from the data set (see `Counterfactual`).
         seeds: whether the retraining in question has the ``"same"`` seeds as the run or ``"fresh"`` ones.
         query_batch: how many queries are carried at once, to bound memory; the result does not depend on it.
@@ -74,7 +74,8 @@ def attribute(
     began = time.process_time()
     method = method or Unrolled()
     asked = queries if isinstance(queries, Queries) else Queries(queries)
-    counterfactual = run.counterfactual if keep is None else Counterfactual(keep, removal, seeds)
+    matched = keep is None and run.counterfactual.keep != 1.0
+    counterfactual = run.counterfactual if matched else Counterfactual(1.0 if keep is None else keep, removal, seeds)
     covered = coverage(run)
     _logger.info("%s", covered)
     point = run.matching(counterfactual)

@@ -175,12 +175,13 @@ def interval(
         return value, value, value
     freedom = variance**2 / sum(part**2 / (count - 1) for part, count in parts)
     margin = optional("scipy.stats", "report").t.ppf((1 + confidence) / 2, freedom) * math.sqrt(variance)
-    middle = value + shift
-    if correlation:
-        middle = min(max(middle, -1 + 1e-9), 1 - 1e-9)
-        z, margin = math.atanh(middle), margin / (1 - middle**2)
-        return value, min(value, math.tanh(z - margin)), max(value, math.tanh(z + margin))
-    return value, min(value, middle - margin), max(value, middle + margin)
+    if not correlation:
+        return value, min(value, value + shift - margin), max(value, value + shift + margin)
+    within = min(max(value, -1 + 1e-9), 1 - 1e-9)
+    # Few subsets can come out higher than their bias says is possible: half of the way to 1 is as far as the middle goes.
+    room = (1 - abs(within)) / 2
+    z, margin = math.atanh(within + min(max(shift, -room), room)), margin / (1 - within**2)
+    return value, min(value, math.tanh(z - margin)), max(value, math.tanh(z + margin))
 
 
 def correlations(left: Tensor, right: Tensor, rows: Tensor | None = None) -> Tensor:

@@ -12,11 +12,12 @@ from pathlib import Path
 from jaxtyping import Float
 from torch import Tensor
 
-from retrograd.attribution import Agreement
+from retrograd.attribution import Check
 from retrograd.errors import InputError
 from retrograd.files import replace_file
 from retrograd.optional import optional
 from retrograd.report.png import data_uri
+from retrograd.report.sentences import ceilings, size_of_changes
 
 _MARK = '<meta name="generator" content="retrograd">'  # in the head of every page, so that we overwrite only our own
 
@@ -81,15 +82,13 @@ class MethodView:
         name: the method.
         description: what it does, in half a sentence.
         predicted: measurements that it predicts for each retraining.
-        correlation: Pearson's, with what came out.
-        rank_correlation: Spearman's.
+        check: these predictions beside what came out.
     """
 
     name: str
     description: str
     predicted: Float[Tensor, "subset query"]
-    correlation: Agreement
-    rank_correlation: Agreement
+    check: Check
 
 
 def write_report(
@@ -128,10 +127,12 @@ def write_report(
     if not queries or not methods:
         raise InputError("a page needs at least one query and one method.")
     for method in methods:
-        if method.predicted.shape != actual.shape or actual.shape[1] != len(queries):
+        shapes = {tuple(values.shape) for values in (method.predicted, method.check.predicted, actual)}
+        if len(shapes) > 1 or actual.shape[1] != len(queries):
             raise InputError(
-                f"predictions of {method.name} have shape {tuple(method.predicted.shape)}, the outcomes {tuple(actual.shape)}; "
-                f"both must be [subset, query] with {len(queries)} queries."
+                f"predictions of {method.name} have shape {tuple(method.predicted.shape)}, those of its check "
+                f"{tuple(method.check.predicted.shape)}, the outcomes {tuple(actual.shape)}; all must be [subset, query] with "
+                f"{len(queries)} queries."
             )
     target = Path(folder)
     _refuse_foreign(target)
@@ -142,7 +143,7 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"data_uri": data_uri, "signed": _signed}
+    environment.filters |= {"data_uri": data_uri, "signed": _signed, "size_of_changes": size_of_changes}
     page = environment.get_template("page.html.j2").render(
         mark=_MARK,
         title=title,
@@ -150,6 +151,7 @@ def write_report(
         facts=facts,
         queries=queries,
         methods=methods,
+        ceilings=list(dict.fromkeys(says for method in methods for says in ceilings(method.check))),  # usually of all methods
         subsets=len(actual),
         measurement=measurement,
         unit=unit,

@@ -1,0 +1,5 @@
+"""``python -m retrograd.cli``."""
+
+from retrograd.cli import app
+
+app()
