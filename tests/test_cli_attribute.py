@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import retrograd
+from retrograd.cli.attribute import _without_nan
 from tests.test_cli import call
 
 SCRIPT = """
