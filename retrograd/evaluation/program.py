@@ -2,7 +2,7 @@
 
 Together, parameters, slots and buffers have a leading axis ``model`` and one vmapped step advances every model at once. That is
 several times faster where a plain step is bound by overhead, as for small networks, and slower where compute binds and the
-batched kernels are worse than the plain ones (grouped convolutions, attention). Which it is gets measured: a few steps of
+batched kernels are worse than the plain ones (grouped convolutions, attention). Which it is gets measured: two steps of
 the run itself, both ways. The results are equal up to rounding.
 
 Memory: one state, its gradient and successor, and the activations of one batch for each model that is trained together.
@@ -23,7 +23,7 @@ from retrograd.trajectory import StepInputs, TrainingState, Trajectory, UpdateMa
 from retrograd.trajectory.state import map_batch
 
 MOST_TOGETHER = 128  # beyond it a batched step gains next to nothing, and a killed study loses more
-_PILOT_STEPS, _PILOT_SECONDS, _FEWEST_IN_PILOT, _MOST_IN_PILOT = 2, 0.02, 4, 16
+_PILOT_SECONDS, _MOST_IN_PILOT = 0.02, 16
 
 
 @dataclass(frozen=True)
@@ -130,31 +130,26 @@ def best_together(protocol: Protocol, start: TrainingState, factors: Tensor, see
     if most < 2:
         return 1
     course = Course(protocol, factors[:1], torch.zeros(1, dtype=torch.int64), seed)
-    steps = [course.step(number) for number in range(min(_PILOT_STEPS, len(course)))]
+    inputs, weights = course.step(0)
     update_map = protocol.run.update_map
-    alone = _seconds(lambda inputs, weights: update_map(start, plain(inputs, weights, course.own_batches)), steps)
-    # A batched step of many small models is mostly overhead, which more of them share; large ones need fewer to show.
-    count = min(most, max(_FEWEST_IN_PILOT, min(_MOST_IN_PILOT, round(_PILOT_SECONDS / alone))))
-    states = stacked(start, count)
-
-    def batched(inputs: StepInputs, weights: Tensor) -> None:
-        many = map_batch(lambda leaf: leaf.expand(count, *leaf.shape[1:]), inputs.batch) if course.own_batches else inputs.batch
-        update_map.many(states, replace(inputs, batch=many), weights.expand(count, -1), own_batches=course.own_batches)
-
-    return most if _seconds(batched, steps) < count * alone else 1
+    alone = _seconds(lambda: update_map(start, plain(inputs, weights, course.own_batches)))
+    # A batched step of many small models is mostly overhead, which more of them share; two large ones tell.
+    count = min(most, max(2, min(_MOST_IN_PILOT, round(_PILOT_SECONDS / alone))))
+    states, many = stacked(start, count), weights.expand(count, -1)
+    if course.own_batches:
+        inputs = replace(inputs, batch=map_batch(lambda leaf: leaf.expand(count, *leaf.shape[1:]), inputs.batch))
+    batched = _seconds(lambda: update_map.many(states, inputs, many, own_batches=course.own_batches))
+    return most if batched < count * alone else 1
 
 
-def _seconds(step: Callable[[StepInputs, Tensor], object], steps: list[tuple[StepInputs, Tensor]]) -> float:
-    """The least time that a step took; the first of each kind warms up and is not counted."""
-    step(*steps[0])
-    found = []
-    for inputs, weights in steps:
-        began = time.perf_counter()
-        step(inputs, weights)
-        if weights.is_cuda:
-            torch.cuda.synchronize()
-        found.append(time.perf_counter() - began)
-    return min(found)
+def _seconds(step: Callable[[], TrainingState]) -> float:
+    """How long a step takes when one has been made before."""
+    step()
+    began = time.perf_counter()
+    after = step()
+    if next(iter(after.params.values())).is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _bytes_per_model(run: Trajectory, start: TrainingState) -> int:
