@@ -223,3 +223,24 @@ def test_advice_on_one_seed(run):
     assert any("average several runs" in one for one in evaluate(scores, retrained).advice)
     several = replace(scores, notes={**scores.notes, "runs": 5})
     assert not any("average several runs" in one for one in evaluate(several, retrained).advice)
+
+
+@pytest.mark.slow
+def test_every_leave_one_out_of_a_real_run():
+    """1,200 trainings of a digits network, each without one image: the truth that exact scores are derivatives of."""
+    from retrograd.demo import load_digits, small_network
+
+    digits = load_digits(0)
+    run = record(
+        small_network(0),
+        digits.examples(digits.training),
+        Classification(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9),
+        epochs=4,
+        batch_size=64,
+    )
+    queries = digits.examples(digits.test[:20])
+    found = evaluate(attribute(run, queries), retrain(run, queries, leave_one_out(run)))
+    assert len(found.actual) == 1200
+    assert found.pearson.low > 0.97
+    assert 0.9 < found.slope.low < found.slope.high < 1.1
