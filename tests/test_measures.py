@@ -400,4 +400,4 @@ def test_few_subsets_that_agree_well_have_a_narrow_interval(subsets):
     g = draws(5)
     predicted = normal(g, subsets, 20)
     found = linear_datamodeling_score(predicted, predicted + 0.1 * normal(g, subsets, 20))
-    assert 0.9 < found.low <= found.value < found.high < 1
+    assert 0.7 < found.low <= found.value < found.high < 1

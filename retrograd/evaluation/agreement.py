@@ -180,7 +180,8 @@ def interval(
     within = min(max(value, -1 + 1e-9), 1 - 1e-9)
     # Few subsets can come out higher than their bias says is possible: half of the way to 1 is as far as the middle goes.
     room = (1 - abs(within)) / 2
-    z, margin = math.atanh(within + min(max(shift, -room), room)), margin / (1 - within**2)
+    middle = within + min(max(shift, -room), room)
+    z, margin = math.atanh(middle), margin / (1 - middle**2)
     return value, min(value, math.tanh(z - margin)), max(value, math.tanh(z + margin))
 
 
