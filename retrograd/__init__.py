@@ -10,9 +10,10 @@ The verbs: `record`, `open_run`, `attribute`, `self_influence`, `check`, `retrai
 `reweight`, `roughness`, `coverage`, `citation`.
 """
 
-from retrograd.adjoint import Queries, TracIn, Unrolled
+from retrograd.adjoint import Blend, Implicit, Queries, Source, TracIn, Unrolled
 from retrograd.attribution import Agreement, Check, Coverage, Ranked, Scores, attribute, coverage, self_influence
 from retrograd.citations import citation
+from retrograd.curvature import EKFAC, KFAC, Fisher
 from retrograd.evaluation import (
     Brittleness,
     Detection,
@@ -65,8 +66,11 @@ from retrograd.trajectory import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "Agreement",
     "All",
+    "Blend",
     "Brittleness",
     "Check",
     "CheckpointSeries",
@@ -78,6 +82,8 @@ __all__ = [
     "Effect",
     "Every",
     "Examples",
+    "Fisher",
+    "Implicit",
     "Queries",
     "Ranked",
     "Recorder",
@@ -86,6 +92,7 @@ __all__ = [
     "Roughness",
     "Scores",
     "Selection",
+    "Source",
     "Sqrt",
     "Study",
     "TailPatch",

@@ -48,7 +48,7 @@ def batched_inner(vectors: Params, params: Params) -> Tensor:
     """Inner products of each vector of a batch (axis 0) with one ``params``; shape ``[batch]``."""
     total = None
     for name, leaf in params.items():
-        part = vectors[name].flatten(1) @ leaf.flatten()
+        part = vectors[name].reshape(len(vectors[name]), -1) @ leaf.flatten()
         total = part if total is None else total + part
     if total is None:
         raise ValueError("batched_inner of no parameters at all has no shape")
@@ -57,7 +57,7 @@ def batched_inner(vectors: Params, params: Params) -> Tensor:
 
 def flatten(leaves: Iterable[Tensor], batched: bool = False) -> Tensor:
     """Concatenate leaves to one vector ``[P]``, or to a matrix ``[batch, P]`` when they carry a batch axis."""
-    return torch.cat([leaf.flatten(1) if batched else leaf.flatten() for leaf in leaves], dim=-1)
+    return torch.cat([leaf.reshape(len(leaf), -1) if batched else leaf.flatten() for leaf in leaves], dim=-1)
 
 
 def unflatten(vector: Tensor, like: Params) -> Params:

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retrograd.errors import InputError
+from retrograd.noise import Noise
 
 
 @runtime_checkable
@@ -54,6 +55,19 @@ class CoupledTask(Protocol):
 
     def measurements(self, model: nn.Module, batch: Any, /) -> Float[Tensor, " query"]:
         """Return one number per query of ``batch``."""
+        ...
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """A task whose losses are −log of the model's own distribution of targets, from which it can draw.
+
+    Curvature (Fisher, K-FAC, EK-FAC) asks for it: with targets y drawn given the inputs, the second moment of ∇ℓ is the
+    Gauss-Newton matrix. ``model`` runs in evaluation mode, without gradients.
+    """
+
+    def sampled(self, model: nn.Module, batch: Any, noise: Noise, /) -> Any:
+        """Return a batch like ``batch`` with targets drawn with ``noise``: ``losses`` of it gives the pseudo-gradients."""
         ...
 
 
@@ -91,6 +105,25 @@ class Classification:
             return true - others.logsumexp(dim=1)
         return true if self.measurement == "log_probability" else -true
 
+    def sampled(self, model: nn.Module, batch: Any, noise: Noise) -> Any:
+        """Draw labels y from the model's probabilities p.
+
+        The Gauss-Newton matrix of the logits, diag(p) − p pᵀ, knows no smoothing, but p − target has that second moment only
+        for target = onehot(y). Smoothing by s makes (1 − s) t + s/K of given probabilities t; t = (onehot(y) − s/K) / (1 − s)
+        undoes it.
+        """
+        inputs = batch[0]
+        outputs = model(inputs).detach()
+        sums = outputs.double().softmax(dim=-1).cumsum(dim=-1)
+        points = noise.uniform(1).to(sums.device) * sums[:, -1:]
+        labels = torch.searchsorted(sums, points)[:, 0].clamp(max=sums.shape[1] - 1)
+        if self.label_smoothing == 0:
+            return inputs, labels
+        if self.label_smoothing >= 1:
+            raise InputError("label_smoothing=1 leaves no label in the loss; curvature needs label_smoothing below 1.")
+        onehot = F.one_hot(labels, sums.shape[1]).to(outputs)
+        return inputs, (onehot - self.label_smoothing / sums.shape[1]) / (1 - self.label_smoothing)
+
 
 @dataclass(frozen=True)
 class Regression:
@@ -121,6 +154,17 @@ class Regression:
             return outputs.flatten(1).mean(dim=1)
         errors = (outputs - targets).abs() if self.measurement == "absolute_error" else (outputs - targets).square()
         return errors.flatten(1).mean(dim=1)
+
+    def sampled(self, model: nn.Module, batch: Any, noise: Noise) -> Any:
+        """Draw targets f + √(C/2) ε around the outputs f with their C components.
+
+        ‖f − y‖²/C is −log of a normal density of variance C/2. The pseudo-gradient 2 (f − y)/C has the second moment
+        4/C² · C/2 = 2/C, the curvature of the loss.
+        """
+        inputs, targets = batch
+        outputs = _like_targets(model(inputs), targets).detach()
+        spread = (outputs[0].numel() / 2) ** 0.5 if len(outputs) else 0.0
+        return inputs, outputs + spread * noise.normal(*outputs.shape[1:]).to(outputs)
 
 
 def _like_targets(outputs: Tensor, targets: Tensor) -> Tensor:

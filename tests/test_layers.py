@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "retrograd"
 # imports demo and report inside its functions. Where an import stands makes no difference here: all of them count.
 ROWS = (
     {"errors"},
-    {"params", "progress", "citations", "optional", "files"},
+    {"params", "progress", "citations", "optional", "files", "noise"},
     {"linalg", "distributed"},
     {"task", "game", "update_rules", "measurements"},
     {"trajectory", "optim"},

@@ -28,14 +28,12 @@ import torch
 from torch import Tensor
 
 from retrograd.adjoint.adjoint import Notes, ScorePart
+from retrograd.adjoint.contraction import example_gradients
 from retrograd.adjoint.queries import Queries
 from retrograd.errors import InputError
 from retrograd.params import Params, flatten
 from retrograd.progress import track
 from retrograd.trajectory import Run, TrainingState
-from retrograd.trajectory.kernels import twice_differentiable
-from retrograd.trajectory.state import map_batch
-from retrograd.trajectory.trajectory import to_device
 
 
 @dataclass(frozen=True)
@@ -92,15 +90,8 @@ class TracIn:
 
     def _products(self, run: Run, state: TrainingState, ids: Tensor, vectors: Params) -> Tensor:
         """⟨v_q, ∇ℓ_i⟩ for all queries and the examples of one batch, ``[query, example]``."""
-        batch = to_device(run.examples.batch(ids), next(iter(state.params.values())).device)
-
-        def loss(params: Params, row: object) -> Tensor:
-            own = TrainingState(params, state.slots, state.buffers, state.step)
-            return run.update_map.losses(own, map_batch(lambda leaf: leaf[None], row))[0]  # vmap took the batch axis
-
-        with twice_differentiable(own_functions=False):  # fused attention has no batched form
-            per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(state.params, batch)
-        matrix = flatten(per_example.values(), batched=True)
+        gradients = example_gradients(run.update_map, run.examples, state, ids)
+        matrix = flatten(gradients.values(), batched=True)
         if self.cosine:
             matrix = matrix / matrix.norm(dim=1, keepdim=True)
-        return flatten((vectors[name] for name in per_example), batched=True) @ matrix.T
+        return flatten((vectors[name] for name in gradients), batched=True) @ matrix.T

@@ -105,6 +105,16 @@ class CheckpointSeries:
         """Return 1: steps are taken to be plain gradient steps."""
         return 1.0
 
+    @property
+    def mean_weight(self) -> float:
+        """Return 1: no weights are known."""
+        return 1.0
+
+    @property
+    def weight_decay(self) -> float:
+        """Return 0: no decay is known."""
+        return 0.0
+
     def matching(self, counterfactual: Counterfactual) -> "CheckpointSeries":
         """Return this series; another run cannot be made from it.
 

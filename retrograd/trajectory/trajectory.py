@@ -20,6 +20,7 @@ from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.schedule import Schedule, reverse
 from retrograd.trajectory.state import ROUNDING, StepInputs, StepRecord, TrainingState, map_batch
 from retrograd.trajectory.update_map import UpdateMap
+from retrograd.update_rules import AdamW
 
 
 def smallest(params: Mapping[str, Tensor]) -> Tensor:
@@ -85,6 +86,16 @@ class Run(Protocol):
 
     def step_size(self, state: TrainingState, name: str) -> Tensor | float:
         """Return −dθ/dg of a parameter for a learning rate of 1."""
+        ...
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean weight of an example over all visits."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay that acts like a term of the loss, ½ λ ‖θ‖², averaged over the steps."""
         ...
 
     def matching(self, counterfactual: Counterfactual) -> "Run":
@@ -289,6 +300,23 @@ class Trajectory:
         own = {**hyper[group], **lasting}
         slots = {slot: after.slots[slot][name] for slot in self.update_map.rule.slots}
         return self.update_map.rule.step_size(slots, own) / hyper[0]["learning_rate"]
+
+    @property
+    def mean_weight(self) -> float:
+        """Mean weight of an example over all visits."""
+        weights = [1.0 if record.weights is None else record.weights.mean().item() for record in self.records]
+        return sum(weights) / max(len(weights), 1)
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay that acts like a term of the loss, ½ λ ‖θ‖²: that of the first group, averaged over the steps.
+
+        AdamW's is none: it shrinks parameters past the preconditioner.
+        """
+        if isinstance(self.update_map.rule, AdamW):
+            return 0.0
+        decays = [float(record.hyper[0].get("weight_decay", 0.0)) for record in self.records]
+        return sum(decays) / max(len(decays), 1)
 
     # ------------------------------------------------------------------ running again
 

@@ -157,14 +157,14 @@ class UpdateMap:
 
     def measurements(self, state: TrainingState, batch: object) -> Float[Tensor, " query"]:
         """Evaluate the task's measurements at ``state``, in evaluation mode; differentiable in the state's tensors."""
-        with self._evaluation_mode(), torch.enable_grad():
+        with evaluation_mode(self.model), torch.enable_grad():
             return self._bound(self.task.measurements, {**state.params, **state.buffers}, batch)
 
     def losses(self, state: TrainingState, batch: object) -> Float[Tensor, " batch"]:
         """Per-example losses at ``state``, in evaluation mode; differentiable in the state's tensors."""
         if isinstance(self.task, CoupledTask):
             raise InputError(f"{type(self.task).__name__} couples the examples of a batch: it has no per-example losses.")
-        with self._evaluation_mode(), torch.enable_grad():
+        with evaluation_mode(self.model), torch.enable_grad():
             return self._bound(self.task.losses, {**state.params, **state.buffers}, batch)
 
     # ------------------------------------------------------------------ its Jacobian products
@@ -368,12 +368,6 @@ class UpdateMap:
                 self.model.get_submodule(name).training = False
             yield
 
-    @contextmanager
-    def _evaluation_mode(self) -> Iterator[None]:
-        with _keeping_modes(self.model):
-            self.model.eval()
-            yield
-
 
 @contextmanager
 def seeded(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
@@ -390,6 +384,14 @@ def seeded(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
     finally:
         for generator, state in zip(generators, before, strict=True):
             generator.set_state(state)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put all modules into evaluation mode, and back as they were."""
+    with _keeping_modes(model):
+        model.eval()
+        yield
 
 
 @contextmanager
