@@ -222,3 +222,34 @@ def test_a_parameter_that_is_one_number(method):
     found = attribute(run, CASE.queries, method=method, check_roughness=False)
     assert found.values.isfinite().all()
     assert found.values.abs().max() > 0
+
+
+class Branching(nn.Module):
+    """Looks at values to decide, so it cannot be vectorised over queries."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs = self.layer(inputs)
+        return outputs if outputs.sum().item() > 0 else 2 * outputs
+
+
+def test_query_gradients_of_models_that_cannot_be_vectorised():
+    torch.manual_seed(0)
+    run = record(
+        Branching().double(),
+        CASE.examples,
+        Classification(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        epochs=1,
+        batch_size=7,
+    )
+    found = Queries(CASE.queries).gradients(run, run.final_state).params
+    for query in range(4):
+        params = {name: leaf.clone().requires_grad_() for name, leaf in run.final_state.params.items()}
+        batch = tuple(column[query : query + 1] for column in CASE.queries)
+        value = run.update_map.measurements(TrainingState(params, {}, {}, 0), batch)[0]
+        for name, expected in zip(params, torch.autograd.grad(value, list(params.values())), strict=True):
+            assert torch.allclose(found[name][query], expected, atol=1e-12)

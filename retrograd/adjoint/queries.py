@@ -1,5 +1,6 @@
 """What is asked of a run: measurements at its states and their gradients."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,10 +8,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retrograd.errors import InputError, NonFinite
-from retrograd.params import map_slots
+from retrograd.params import Params, map_params, map_slots
 from retrograd.trajectory import Examples, Run, StateVectors, TrainingState, UpdateMap
 from retrograd.trajectory.kernels import twice_differentiable
+from retrograd.trajectory.state import map_batch
 from retrograd.trajectory.trajectory import to_device
+
+_AT_ONCE = 64  # queries whose gradients are taken together
 
 
 class Queries:
@@ -48,13 +52,15 @@ class Queries:
 
     def values(self, update_map: UpdateMap, state: TrainingState) -> Float[Tensor, " query"]:
         """Evaluate f_q at ``state``, differentiably."""
-        values = self._ask(update_map, state, self.examples.ids)
+        batch = self._batch(self.examples.ids, state.params)
+        values = self._measured(update_map, state, batch, len(self.examples))
         return values.mean()[None] if self.mean else values
 
     def gradients(self, run: Run, state: TrainingState) -> StateVectors:
         """Return ∇f_q at ``state`` for all queries, with respect to parameters and to the buffers that training moves.
 
-        One backward pass for each query, through that query alone (for the mean, through all of them).
+        Each through its query alone (the mean through all of them): many at a time where the model can be vectorised over
+        queries, else one after the other.
         """
         initial = run.state(0)
         moving = [
@@ -62,32 +68,61 @@ class Queries:
             for name, leaf in state.buffers.items()
             if leaf.is_floating_point() and not torch.equal(leaf, initial.buffers[name])
         ]
-        params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
-        buffers = {name: leaf.detach() for name, leaf in state.buffers.items()}
-        buffers |= {name: buffers[name].requires_grad_() for name in moving}
-        inputs = {**params, **{name: buffers[name] for name in moving}}
-        found = {name: leaf.new_zeros(len(self), *leaf.shape) for name, leaf in inputs.items()}
-        bound = TrainingState(params, state.slots, buffers, state.step)
-        for row, query in enumerate([self.examples.ids] if self.mean else self.ids.split(1)):
-            with twice_differentiable(own_functions=False):  # for the running statistics of batch norm
-                value = self._ask(run.update_map, bound, query).mean()
-            if not torch.isfinite(value.detach()):
-                raise NonFinite(f"the measurement of query {query.tolist()[:3]} is {value.item()}.")
-            grads = torch.autograd.grad(value, list(inputs.values()), allow_unused=True)
-            for leaf, grad in zip(found.values(), grads, strict=True):
-                if grad is not None:
-                    leaf[row] = grad
-        slots = map_slots(lambda leaf: leaf.new_zeros(len(self), *leaf.shape), state.slots)
-        return StateVectors({name: found[name] for name in params}, slots, {name: found[name] for name in moving})
+        inputs = {name: leaf.detach() for name, leaf in state.params.items()}
+        inputs |= {name: state.buffers[name].detach() for name in moving}
 
-    def _ask(self, update_map: UpdateMap, state: TrainingState, ids: Tensor) -> Tensor:
-        device = next(iter(state.params.values())).device
-        batch = to_device(self.examples.batch(ids), device)
+        def measured(inputs: Params, batch: Any, count: int) -> Tensor:
+            params = {name: inputs[name] for name in state.params}
+            buffers = {**state.buffers, **{name: inputs[name] for name in moving}}
+            return self._measured(run.update_map, TrainingState(params, state.slots, buffers, state.step), batch, count)
+
+        found = {name: leaf.new_zeros(len(self), *leaf.shape) for name, leaf in inputs.items()}
+        rows = torch.arange(len(self))
+        slices = zip(rows.split(_AT_ONCE), self.ids.split(_AT_ONCE), strict=True)
+        for some, ids in [(rows, self.examples.ids)] if self.mean else slices:
+            with twice_differentiable(own_functions=False):  # for the running statistics of batch norm
+                values, grads = self._together(measured, inputs, ids)
+            if not torch.isfinite(values).all():
+                row = int(torch.isfinite(values).logical_not().nonzero()[0])
+                raise NonFinite(f"the measurement of query {int(ids[row])} is {values[row].item()}.")
+            for name, leaf in found.items():
+                leaf[some] = grads[name]
+        slots = map_slots(lambda leaf: leaf.new_zeros(len(self), *leaf.shape), state.slots)
+        return StateVectors({name: found[name] for name in state.params}, slots, {name: found[name] for name in moving})
+
+    def _together(self, measured: Callable[..., Tensor], inputs: Params, ids: Tensor) -> tuple[Tensor, Params]:
+        """Values and gradients, ``[query]`` and a leading axis ``query`` on every leaf."""
+        batch = self._batch(ids, inputs)
+        if self.mean:
+            grads, value = torch.func.grad_and_value(lambda point: measured(point, batch, len(ids)).mean())(inputs)
+            return value[None], map_params(lambda leaf: leaf[None], grads)
+
+        def one(point: Params, row: Any) -> Tensor:
+            return measured(point, map_batch(lambda leaf: leaf[None], row), 1)[0]  # vmap took the batch axis
+
+        try:
+            grads, values = torch.func.vmap(torch.func.grad_and_value(one), in_dims=(None, 0))(inputs, batch)
+        except (RuntimeError, ValueError):  # control flow that looks at values, or batches of more than tensors
+            parts = [self._alone(measured, inputs, query) for query in ids.split(1)]
+            values = torch.stack([value for value, _ in parts])
+            grads = {name: torch.stack([grads[name] for _, grads in parts]) for name in inputs}
+        return values, grads
+
+    def _alone(self, measured: Callable[..., Tensor], inputs: Params, query: Tensor) -> tuple[Tensor, Params]:
+        point = map_params(lambda leaf: leaf.requires_grad_(), map_params(Tensor.clone, inputs))
+        value = measured(point, self._batch(query, inputs), 1)[0]
+        grads = torch.autograd.grad(value, list(point.values()), allow_unused=True, materialize_grads=True)
+        return value.detach(), dict(zip(point, grads, strict=True))
+
+    def _batch(self, ids: Tensor, beside: Params) -> Any:
+        return to_device(self.examples.batch(ids), next(iter(beside.values())).device)
+
+    def _measured(self, update_map: UpdateMap, state: TrainingState, batch: Any, count: int) -> Tensor:
         function = update_map.measurements if self.of == "measurements" else update_map.losses
         values = function(state, batch)
-        if values.shape != (len(ids),):
+        if values.shape != (count,):
             raise InputError(
-                f"{type(update_map.task).__name__}.{self.of} gave shape {tuple(values.shape)} for {len(ids)} queries. It "
-                f"must give one number per query, shape ({len(ids)},)."
+                f"{type(update_map.task).__name__}.{self.of} gave shape {tuple(values.shape)} for {count} queries. It "
+                f"must give one number per query, shape ({count},)."
             )
         return values
