@@ -8,6 +8,7 @@ from jaxtyping import TypeCheckError
 from torch import Tensor, nn
 
 from retrograd import (
+    CheckpointSeries,
     Examples,
     Queries,
     Regression,
@@ -301,6 +302,13 @@ def test_bad_arguments():
     frozen = CASES["groups"]
     with pytest.raises(ModelChanged, match="which is not trained"):
         retrain(frozen.record(RULES["sgd"]), case.queries, kept, seeds=[1], initialise=lambda seed: frozen.build().double())
+
+
+def test_checkpoints_cannot_be_trained_again():
+    case = CASES["plain"]
+    series = CheckpointSeries(case.model(), case.examples, case.task, {1: case.model().state_dict()}, learning_rate=0.1)
+    with pytest.raises((InputError, TypeCheckError), match="CheckpointSeries"):
+        retrain(series, case.queries, torch.ones(1, EXAMPLES, dtype=torch.bool))
 
 
 def test_score_of_several_runs_is_their_mean():

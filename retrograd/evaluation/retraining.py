@@ -147,6 +147,8 @@ def _check(
     together: int | None,
     workers: int,
 ) -> None:
+    if not isinstance(run, Trajectory):
+        raise InputError(f"a {type(run).__name__} cannot be trained again: record the training, or open a run folder.")
     if factors.dim() != 2 or factors.shape[1] != len(run.examples) or not len(factors):
         raise InputError(
             f"factors must have one row a retraining and one column an example, shape [subset, {len(run.examples)}], got "
