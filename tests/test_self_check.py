@@ -110,6 +110,15 @@ def test_check_retrains_the_counterfactual_of_the_scores(run, halves):
     assert set(found.ceilings) == {"noise", "one seed"}  # too few subsets for pairs
 
 
+def test_predictions_have_the_right_size_however_examples_leave(run):
+    """What stays after a deletion counts 1 / keep: without that the slope would be twice as large."""
+    for removal in ("zero_weight", "deletion"):
+        scores = attribute(run, QUERIES, keep=0.5, removal=removal, check_roughness=False)
+        found = check(scores, run, subsets=100).check
+        assert found is not None
+        assert 0.7 < found.slope.value < 1.4
+
+
 def test_the_budget_is_what_the_scores_cost(run, halves, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(self_check.time, "process_time", lambda: float(next(clock)))  # the first 16 take "one second"
