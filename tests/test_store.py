@@ -1,6 +1,5 @@
 """The run folder: what is written is read again, and no torn, altered, missing or foreign file passes for the real one."""
 
-import dataclasses
 import json
 import pickle
 import shutil
@@ -23,7 +22,6 @@ from retrograd.errors import (
     RecordExists,
     RetrogradError,
 )
-from retrograd.trajectory import digests
 from retrograd.update_rules import SGD, Adam
 
 DRAW = torch.Generator().manual_seed(0)
@@ -486,18 +484,3 @@ def test_changed_model_task_or_rule(original, name):
     options, message = CHANGES[name]
     with pytest.raises(ModelChanged, match=message):
         reopen(original[0], **options)
-
-
-def test_tasks_in_tasks_are_told_apart():
-    @dataclasses.dataclass(frozen=True)
-    class Outer:
-        base: object
-
-    class Plain:
-        pass
-
-    bases = (Classification("margin"), Classification("loss"), Plain(), Plain())
-    described = [digests._describe(Outer(base)) for base in bases]
-    assert described[0]["options"]["base"]["options"]["measurement"] == "margin"
-    assert described[0] != described[1] != described[2] == described[3]
-    assert json.loads(json.dumps(described)) == described
