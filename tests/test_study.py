@@ -59,6 +59,7 @@ def test_a_folder_gives_what_memory_gives(tmp_path):
     row = rows["part-000004.parquet"][2]  # what is in a row says by itself what was trained
     assert (row["subset"], row["seed"], row["factors"]) == (5, 6, kept[5].double().tolist())
     assert row["query_2"] == memory.values[5, 1, 2]
+    assert row["run"] == run.digest
     assert not list(tmp_path.glob("**/*.tmp"))
 
 
@@ -116,6 +117,18 @@ def test_torn_and_exchanged_parts_are_found(tmp_path):
     manifest.write_text(manifest.read_text().replace('"together": 2', '"together": 4'))
     with pytest.raises(CorruptRecord, match="altered"):
         Study(tmp_path).read()
+
+
+def test_a_part_of_another_study_is_found(tmp_path):
+    run, kept = small_run(), random_subsets(small_run(), 4, 0.5)
+    for name, subsets in (("mine", kept), ("other", ~kept)):
+        retrain(run, QUERIES, subsets, together=2, folder=tmp_path / name)
+    part = tmp_path / "mine" / "part-000001.parquet"
+    part.write_bytes((tmp_path / "other" / part.name).read_bytes())
+    with pytest.raises(CorruptRecord, match="belongs to another study"):
+        Study(tmp_path / "mine").read()
+    part.unlink()
+    assert torch.equal(retrain(run, QUERIES, kept, folder=tmp_path / "mine").factors, kept.double())
 
 
 def test_spawned_processes_and_any_executor_give_the_same(tmp_path):

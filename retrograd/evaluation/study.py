@@ -1,7 +1,8 @@
 """A folder of retrainings: parts in Parquet, shared by as many processes as there are, killed and resumed at any time.
 
     STUDY/study.json             what is retrained: digests of run, queries and subsets, seeds, removal, size of a part
-    STUDY/part-<number>.parquet  a row a retraining: subset, seed, factor on each example's weight, one column each query
+    STUDY/part-<number>.parquet  a row a retraining: subset, seed, factor on each example's weight, one column each query, and
+                                 the digests of the run and of what the study was asked, by which a part is known anywhere
     STUDY/locks/                 a lock for each part that is being made
 
 A part is made by whoever holds its lock. The operating system frees the lock of a killed process, so no part is lost, and
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from retrograd.errors import CorruptRecord, IncompleteRecord, NotRecorded, RecordExists
 from retrograd.evaluation.retrained import Retrained
-from retrograd.files import read_manifest, read_rows, write_manifest, write_rows
+from retrograd.files import json_digest, read_manifest, read_rows, write_manifest, write_rows
 from retrograd.trajectory import Counterfactual
 
 FORMAT = 1
@@ -90,7 +91,10 @@ class Study:
         """Write the retrainings of a part."""
         import pyarrow as pa
 
+        asked = self.manifest()["asked"]
         columns = {
+            "run": [asked["run"]] * len(subsets),
+            "study": [json_digest(asked)] * len(subsets),
             "subset": subsets.numpy(),
             "seed": pa.array([seed] * len(subsets), pa.int64()),
             "factors": pa.array(factors.double().tolist(), pa.list_(pa.float64())),
@@ -119,8 +123,11 @@ class Study:
         example_ids, query_ids = torch.tensor(manifest["example_ids"]), torch.tensor(manifest["query_ids"])
         values = torch.full((count, len(seeds), len(query_ids)), torch.nan, dtype=getattr(torch, manifest["dtype"]))
         factors = torch.zeros(count, len(example_ids), dtype=torch.float64)
+        study = json_digest(manifest["asked"])
         for number, (subsets, seed) in enumerate(parts):
             rows = read_rows(self._part(number))
+            if any(row.get("study") != study for row in rows):
+                raise CorruptRecord(f"{self._part(number)} belongs to another study. Take it out, and it will be made anew.")
             if [row["subset"] for row in rows] != subsets.tolist() or {row["seed"] for row in rows} != {seeds[seed]}:
                 raise CorruptRecord(f"{self._part(number)} is another part of the study than its name says.")
             own = torch.tensor([[row[f"query_{query}"] for query in query_ids.tolist()] for row in rows], dtype=torch.float64)
