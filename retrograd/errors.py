@@ -8,6 +8,7 @@
     │   ├── UnsupportedHook         a hook changes gradients or parameters behind the record's back
     │   └── UnsupportedScaler       a gradient scaler is at work
     ├── NonFinite                   a loss, gradient or parameter became NaN or infinite
+    ├── SolverFailed                a solver's operator or step is not what it needs
     ├── NoSecondDerivative          a kernel of the model can be differentiated only once
     ├── ReplayMismatch              replaying a step does not give what really happened
     ├── RecordError                 something about a run folder
@@ -57,6 +58,10 @@ class UnsupportedScaler(UnsupportedTraining):
 
 class NonFinite(RetrogradError, ArithmeticError):
     """A loss, gradient or parameter became NaN or infinite."""
+
+
+class SolverFailed(RetrogradError, ArithmeticError):
+    """A solver's operator or step is not what it needs: not positive definite, or too large to converge."""
 
 
 class NoSecondDerivative(RetrogradError):
