@@ -10,12 +10,27 @@ The verbs: `record`, `open_run`, `attribute`, `self_influence`, `check`, `retrai
 `reweight`, `roughness`, `coverage`, `citation`.
 """
 
-from retrograd.adjoint import Blend, Implicit, Queries, Source, TracIn, Unrolled
-from retrograd.attribution import Agreement, Check, Coverage, Ranked, Scores, attribute, coverage, self_influence
+from retrograd.adjoint import TRAK, Blend, Implicit, LoGra, Queries, Source, TracIn, Unrolled
+from retrograd.adjoint.solvers import Astra, ConjugateGradients, DataInf, Neumann, Spectral
+from retrograd.attribution import (
+    Agreement,
+    Check,
+    Choice,
+    Coverage,
+    Ranked,
+    Scores,
+    Shares,
+    attribute,
+    choose,
+    coverage,
+    self_influence,
+    shares_by_agreement,
+)
 from retrograd.citations import citation
-from retrograd.curvature import EKFAC, KFAC, Fisher
+from retrograd.curvature import EKFAC, KFAC, Arnoldi, Diagonal, Fisher, GaussNewton, Hessian, Nystrom, ProjectedGaussNewton
 from retrograd.evaluation import (
     Brittleness,
+    Comparison,
     Detection,
     Retrained,
     Study,
@@ -24,6 +39,7 @@ from retrograd.evaluation import (
     brittleness,
     calibration,
     check,
+    compare,
     evaluate,
     leave_one_out,
     linear_datamodeling_score,
@@ -68,22 +84,36 @@ __version__ = "0.1.0"
 __all__ = [
     "EKFAC",
     "KFAC",
+    "TRAK",
     "Agreement",
     "All",
+    "Arnoldi",
+    "Astra",
     "Blend",
     "Brittleness",
     "Check",
     "CheckpointSeries",
+    "Choice",
     "Classification",
+    "Comparison",
+    "ConjugateGradients",
     "Counterfactual",
     "Coverage",
+    "DataInf",
     "Detection",
+    "Diagonal",
     "Distillation",
     "Effect",
     "Every",
     "Examples",
     "Fisher",
+    "GaussNewton",
+    "Hessian",
     "Implicit",
+    "LoGra",
+    "Neumann",
+    "Nystrom",
+    "ProjectedGaussNewton",
     "Queries",
     "Ranked",
     "Recorder",
@@ -92,7 +122,9 @@ __all__ = [
     "Roughness",
     "Scores",
     "Selection",
+    "Shares",
     "Source",
+    "Spectral",
     "Sqrt",
     "Study",
     "TailPatch",
@@ -107,7 +139,9 @@ __all__ = [
     "brittleness",
     "calibration",
     "check",
+    "choose",
     "citation",
+    "compare",
     "coverage",
     "evaluate",
     "find_mislabelled",
@@ -125,6 +159,7 @@ __all__ = [
     "reweight",
     "roughness",
     "self_influence",
+    "shares_by_agreement",
     "suggested_weight",
     "tail_patch",
     "with_teacher",

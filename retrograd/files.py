@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from retrograd.errors import CorruptRecord
 
 
@@ -99,6 +101,45 @@ def read_rows(file: Path, *columns: str) -> list[dict[str, Any]]:
     if digest != _rows_digest(rows):
         raise CorruptRecord(f"{file} was altered: its rows do not have the digest that is written with them.")
     return rows
+
+
+def write_columns(file: Path, columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+    """Write a table of number columns to Parquet, with plain values ``about`` it and a digest of both in its metadata."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    content = {**about, "digest": _columns_digest(columns, about)}
+    table = pa.table(dict(columns)).replace_schema_metadata({"retrograd": json.dumps(content)})
+    replace_file(file, lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+
+
+def read_columns(file: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Read what `write_columns` wrote: the columns, and what was said about them.
+
+    Raises:
+        CorruptRecord: the file is torn, altered, or no such table.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file, page_checksum_verification=True).read()
+        about = json.loads(table.schema.metadata[b"retrograd"])
+        columns = {name: table.column(name).to_numpy() for name in table.column_names}
+        if about.pop("digest") != _columns_digest(columns, about):
+            raise ValueError("its contents do not have the digest that is written with them")
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise CorruptRecord(f"{file} is not a whole table: {error}") from error
+    return columns, about
+
+
+def _columns_digest(columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
+    hasher = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, column in columns.items():
+        hasher.update(f"{name}:{column.dtype};".encode() + np.ascontiguousarray(column).tobytes())
+    return hasher.hexdigest()
 
 
 def _rows_digest(rows: list[dict[str, Any]]) -> str:

@@ -14,6 +14,9 @@ A task never sees parameters or optimizers. It gets ``model``, the user's own mo
 Losses that couple the examples of a batch (contrastive, ranking, graph losses) give
 ``loss(model, batch, weights) -> scalar`` instead of ``losses``; the weights are then theirs to use. Whatever ``losses``
 does per example, the loss of a step is ``Σ_i w_i ℓ_i / B`` with B the number of examples in the batch.
+
+A task whose losses are functions of the model's outputs can say so by two methods more, ``outputs`` and ``losses_of``
+(`SplitTask`); Gauss-Newton matrices ask for them.
 """
 
 from collections.abc import Callable, Mapping
@@ -71,6 +74,47 @@ class Samples(Protocol):
         ...
 
 
+@runtime_checkable
+class TokenTask(Protocol):
+    """A task whose loss of an example is a sum over positions. Scores by token ask for it."""
+
+    def token_losses(self, model: nn.Module, batch: Any, /) -> Float[Tensor, "batch position"]:
+        """Return what each position adds to its example's loss: the sum over positions is ``losses``."""
+        ...
+
+
+@runtime_checkable
+class SplitTask(Task, Protocol):
+    """A task whose losses are functions of the model's outputs: ``losses`` is ``losses_of(outputs(model, batch), batch)``.
+
+    Gauss-Newton matrices ask for it: they keep the curvature of the losses in the outputs, taken by autograd through
+    ``losses_of``, and leave out that of the model. Outputs have the batch axis first and any axes after it::
+
+        class NextToken:
+            def outputs(self, model, batch):            # [batch, position, token]
+                return model(batch[:, :-1])
+
+            def losses_of(self, outputs, batch):
+                return F.cross_entropy(outputs.mT, batch[:, 1:], reduction="none").mean(1)
+
+            def losses(self, model, batch):
+                return self.losses_of(self.outputs(model, batch), batch)
+
+            measurements = losses
+
+    Everything of the losses that depends on parameters has to pass through the outputs, and random numbers have to be drawn in
+    the same order as in ``losses``. That both give the same losses is checked wherever the two are used.
+    """
+
+    def outputs(self, model: nn.Module, batch: Any, /) -> Float[Tensor, "batch *axes"]:
+        """Return the model's outputs for the inputs of ``batch``."""
+        ...
+
+    def losses_of(self, outputs: Float[Tensor, "batch *axes"], batch: Any, /) -> Float[Tensor, " batch"]:
+        """Return one loss per example, given the outputs; must be twice differentiable in them."""
+        ...
+
+
 @dataclass(frozen=True)
 class Classification:
     """Cross-entropy on ``(inputs, labels)``; asks for the margin of the true label, its log-probability, or the loss.
@@ -92,8 +136,15 @@ class Classification:
 
     def losses(self, model: nn.Module, batch: Any) -> Float[Tensor, " batch"]:
         """Return the cross-entropy of each example, in nats."""
-        inputs, labels = batch
-        return F.cross_entropy(model(inputs), labels, reduction="none", label_smoothing=self.label_smoothing)
+        return self.losses_of(self.outputs(model, batch), batch)
+
+    def outputs(self, model: nn.Module, batch: Any) -> Float[Tensor, "batch *axes"]:
+        """Return the logits."""
+        return model(batch[0])
+
+    def losses_of(self, outputs: Float[Tensor, "batch *axes"], batch: Any) -> Float[Tensor, " batch"]:
+        """Return the cross-entropy of each example with these logits, in nats."""
+        return F.cross_entropy(outputs, batch[1], reduction="none", label_smoothing=self.label_smoothing)
 
     def measurements(self, model: nn.Module, batch: Any) -> Float[Tensor, " query"]:
         """Return the chosen measurement of each query, in nats."""
@@ -143,8 +194,15 @@ class Regression:
 
     def losses(self, model: nn.Module, batch: Any) -> Float[Tensor, " batch"]:
         """Return the squared error of each example, averaged over output components."""
-        inputs, targets = batch
-        return (_like_targets(model(inputs), targets) - targets).square().flatten(1).mean(dim=1)
+        return self.losses_of(self.outputs(model, batch), batch)
+
+    def outputs(self, model: nn.Module, batch: Any) -> Float[Tensor, "batch *axes"]:
+        """Return the predictions."""
+        return model(batch[0])
+
+    def losses_of(self, outputs: Float[Tensor, "batch *axes"], batch: Any) -> Float[Tensor, " batch"]:
+        """Return the squared error of each of these predictions, averaged over its components."""
+        return (_like_targets(outputs, batch[1]) - batch[1]).square().flatten(1).mean(dim=1)
 
     def measurements(self, model: nn.Module, batch: Any) -> Float[Tensor, " query"]:
         """Return the chosen measurement of each query."""
@@ -183,13 +241,65 @@ def weighted_loss(task: Task | CoupledTask, model: nn.Module, batch: Any, weight
     """Return the loss of one step, ``Σ_i w_i ℓ_i / B``; ``weights=None`` means all ones."""
     if isinstance(task, CoupledTask):
         return task.loss(model, batch, torch.ones(size) if weights is None else weights)
-    losses = task.losses(model, batch)
+    return weighted_mean(task.losses(model, batch), weights, size, f"{type(task).__name__}.losses")
+
+
+def weighted_mean(losses: Tensor, weights: Tensor | None, size: int, source: str) -> Tensor:
+    """Return ``Σ_i w_i ℓ_i / B``; ``source`` names what gave the losses, should there not be one for each example."""
     if losses.shape != (size,):
         raise InputError(
-            f"{type(task).__name__}.losses gave shape {tuple(losses.shape)} for a batch of {size} examples. It must give one "
+            f"{source} gave shape {tuple(losses.shape)} for a batch of {size} examples. It must give one "
             f"loss per example, shape ({size},): use reduction='none' and average over everything but the batch axis."
         )
     return losses.sum() / size if weights is None else (weights.to(losses) * losses).sum() / size
+
+
+def split_task(task: Task | CoupledTask) -> SplitTask:
+    """Return the task as one that knows its outputs.
+
+    Raises:
+        InputError: it does not.
+    """
+    name = type(task).__name__
+    if isinstance(task, CoupledTask):
+        raise InputError(
+            f"{name} couples the examples of a batch, so its loss is no mean of losses of each example's output, and has no "
+            "Gauss-Newton matrix. If it can be such a mean, give the task `losses`, `outputs` and `losses_of` instead of "
+            "`loss` (see retrograd.task.SplitTask)."
+        )
+    if not isinstance(task, SplitTask):
+        raise InputError(
+            f"a Gauss-Newton matrix needs the curvature of {name}'s losses in the model's outputs, and {name} does not say "
+            "what these are. Implement `outputs(model, batch)`, of shape [batch, ...], and `losses_of(outputs, batch)`, one "
+            "loss per example, with losses(model, batch) = losses_of(outputs(model, batch), batch): see "
+            "retrograd.task.SplitTask."
+        )
+    return task
+
+
+def check_split(task: SplitTask, losses: Tensor, split: Tensor) -> None:
+    """Compare the two ways to the losses of a `SplitTask`: a subclass may have overridden one and not the other.
+
+    Args:
+        task: names the culprit.
+        losses: what ``losses`` gave.
+        split: what ``losses_of`` gave of ``outputs``, for the same model, batch and random numbers.
+
+    Raises:
+        InputError: they differ by more than half of the digits, which rounding does not explain.
+    """
+    losses, split = losses.detach(), split.detach().to(losses)
+    agree = losses.shape == split.shape
+    if agree and len(losses):
+        scale = losses.abs().max()
+        agree = bool((losses - split).abs().max() <= torch.finfo(losses.dtype).eps ** 0.5 * scale)
+    if not agree:
+        name = type(task).__name__
+        raise InputError(
+            f"{name}.losses and {name}.losses_of(outputs) do not give the same losses, so the curvature of one is not that of "
+            "the other. Override `losses_of` instead of `losses` (and `outputs`, where the inputs go another way), and let "
+            "losses(model, batch) be losses_of(outputs(model, batch), batch), drawing random numbers in the same order."
+        )
 
 
 class _Caller(nn.Module):

@@ -175,6 +175,10 @@ def test_a_check_may_choose_how_much_it_costs(script, monkeypatch):
     ("options", "method", "counterfactual"),
     [
         ((), repr(retrograd.Unrolled()), ["small", "zero_weight"]),
+        (("--method", "source"), repr(retrograd.Source()), ["small", "zero_weight"]),
+        (("--method", "influence", "--rank", 7), repr(retrograd.Implicit()), ["small", "zero_weight"]),
+        (("--method", "blend"), repr(retrograd.Blend()), ["small", "zero_weight"]),
+        (("--method", "auto", "--budget", 1e7), repr(retrograd.Unrolled(curvature="auto")), ["small", "zero_weight"]),
         (("--method", "unrolled", "--rank", 3), repr(retrograd.Unrolled(rank=3)), ["small", "zero_weight"]),
         (("--method", "tracin"), repr(retrograd.TracIn()), ["small", "zero_weight"]),
         (("--method", "tracin", "--checkpoints", 2), repr(retrograd.TracIn(checkpoints=2)), ["small", "zero_weight"]),
@@ -258,7 +262,9 @@ def test_scores_survive_a_check_that_fails(script, monkeypatch):
         ),
         ("my_run.py:no_queries", (), "there are no queries"),
         ("my_run.py:matched", ("--check", 9), "--check needs a run that was recorded with keep=1"),
-        ("my_run.py:load", ("--rank", 3, "--method", "tracin"), "--rank is for --method unrolled"),
+        ("my_run.py:load", ("--method", "auto"), "--budget and --method auto belong together"),
+        ("my_run.py:load", ("--budget", 9), "--budget and --method auto belong together"),
+        ("my_run.py:load", ("--budget", 0.001, "--method", "auto"), "pays for no method"),
         ("my_run.py:load", ("--checkpoints", 3), "--checkpoints is for --method tracin"),
         ("my_run.py:load", ("--checkpoints", 3000, "--method", "tracin"), "checkpoints must be between 1 and"),
         ("my_run.py:load", ("--keep", 1.5), "0 < keep <= 1"),
@@ -326,13 +332,22 @@ def test_attribute_takes_a_function_of_a_module(script, monkeypatch):
 
 
 def test_rough_training_is_a_short_message(script):
-    result = call("attribute", f"{script}:rough", "--method", "tracin")
+    assert "warning" not in call("attribute", f"{script}:rough", "--method", "tracin").stderr  # it differentiates no step
+    result = call("attribute", f"{script}:rough", "--method", "blend")
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("warning: ")]
     assert "rough: exact derivatives predict little" in line
     assert "RoughTraining" not in result.output
     assert "warning" not in result.stdout
     assert "warning" not in call("attribute", f"{script}:load").stderr
+
+
+def test_what_auto_took_is_said_and_parts_are_kept(script, tmp_path):
+    result = call("attribute", f"{script}:load", "--method", "auto", "--budget", 1e7, "--folder", tmp_path / "parts")
+    assert result.exit_code == 0, result.output
+    assert "it is the derivative of this very run" in " ".join(result.stdout.split())
+    assert "Nothing better is known" in " ".join(result.stdout.split())
+    assert (tmp_path / "parts" / "part-0000.parquet").is_file()
 
 
 def test_warnings_of_others_pass(script):

@@ -26,7 +26,7 @@ from retrograd.curvature import (
 from retrograd.errors import InputError
 from retrograd.noise import Noise
 from retrograd.params import unflatten
-from retrograd.task import Samples
+from retrograd.task import BoundModel, Samples, SplitTask
 from tests.cases import BATCH, CASES, RULES, normal
 from tests.reference.dense_curvature import (
     SEED,
@@ -268,11 +268,11 @@ def test_every_trained_parameter_is_covered_and_no_other(runs, name, method):
     run, state = runs[name], runs[name].final_state
     operator = method.fit(run, [state])
     vectors = {key: normal(2, *leaf.shape, seed=1) for key, leaf in reversed(state.params.items())}
-    result = operator.apply(lambda s: torch.ones_like(s), vectors)
+    result = operator.apply(lambda s, _: torch.ones_like(s), vectors)
     assert list(result) == list(vectors)
     assert all(torch.allclose(result[key], vectors[key], atol=1e-12) for key in vectors)
     with pytest.raises(InputError, match="lack"):
-        operator.apply(lambda s: s, {key: vectors[key] for key in list(vectors)[1:]})
+        operator.apply(lambda s, _: s, {key: vectors[key] for key in list(vectors)[1:]})
     if name == "groups" and isinstance(operator, BlockOperator):  # the first weight is frozen, its bias is not
         assert "0.weight" not in operator.names
         assert kinds(operator)["0.bias"] is DiagonalBlock
@@ -408,8 +408,51 @@ class Plain:
 
 
 class Doubled(Regression):
+    """Knows its outputs, but not what its own losses make of them."""
+
     def losses(self, model, batch):
         return 2 * super().losses(model, batch)
+
+
+class Squared(Regression):
+    """Overrides what it should."""
+
+    def losses_of(self, outputs, batch):
+        return super().losses_of(outputs, batch).square()
+
+
+@dataclass(frozen=True)
+class Huber:
+    """A user's own task; its outputs are not what the module returns."""
+
+    def outputs(self, model, batch):
+        return torch.tanh(model(batch[0]))
+
+    def losses_of(self, outputs, batch):
+        return F.huber_loss(outputs, batch[1], reduction="none", delta=0.5).sum(1)
+
+    def losses(self, model, batch):
+        return self.losses_of(self.outputs(model, batch), batch)
+
+    measurements = losses
+
+
+@pytest.mark.parametrize("task", [Huber(), Squared(), Classification(label_smoothing=0.2)], ids=["own", "subclass", "smoothed"])
+def test_gauss_newton_products_of_any_task_that_knows_its_outputs(task):
+    targets = torch.arange(5) % 2 if isinstance(task, Classification) else normal(5, 2, seed=2)
+    run = fit_linear(task, normal(5, 3, seed=1), targets, 2)
+    state, inputs = run.final_state, run.examples.batch(run.examples.ids)
+    bound, expected = BoundModel(run.update_map.model), 0
+    for row in range(5):
+        batch = tuple(column[row : row + 1] for column in inputs)
+        jacobian = torch.func.jacrev(lambda params, batch=batch: bound(task.outputs, params, batch)[0])(state.params)
+        jacobian = torch.cat([jacobian[name].flatten(1) for name in state.params], 1)
+        outputs = bound(task.outputs, state.params, batch)[0]
+        curvature = torch.func.hessian(lambda out, batch=batch: task.losses_of(out[None], batch)[0])(outputs)
+        expected = expected + jacobian.T @ curvature @ jacobian / 5
+    units = unflatten(torch.eye(len(expected), dtype=torch.float64), state.params)
+    assert isinstance(task, SplitTask)
+    assert_close(matrix_of(gauss_newton_product(run, state, units, batch_size=2), state.params), expected, 1e-12)
 
 
 def test_refusals(runs):
@@ -424,7 +467,7 @@ def test_refusals(runs):
     with pytest.raises(InputError, match="Plain's losses"):
         gauss_newton_product(run, state, vectors)
     doubled = fit_linear(Doubled(), normal(4, 3, seed=1), normal(4, 2, seed=2), 2)
-    with pytest.raises(InputError, match="Doubled's losses"):
+    with pytest.raises(InputError, match=r"Doubled\.losses and Doubled\.losses_of"):
         gauss_newton_product(doubled, doubled.final_state, vectors)
     run, state = runs["plain"], runs["plain"].final_state
     for wrong in (KFAC(batch_size=0), EKFAC(samples=0), Fisher(examples=[]), EKFAC(examples=99), KFAC(examples=[99])):

@@ -302,8 +302,9 @@ def test_tracin_cosine_equals_its_formula(name: str):
 def test_tracin_does_not_depend_on_its_batch_size(name: str):
     case = CASES[name]
     run = case.record(RULES["adam"])
+    each = sum(leaf.numel() * leaf.element_size() for leaf in run.state(0).params.values())
     results = [
-        attribute(run, case.queries, method=TracIn(checkpoints=2, batch_size=size), check_roughness=False).values
+        attribute(run, case.queries, method=TracIn(checkpoints=2), query_batch=2, memory=(8 + 2 * size) * each).values
         for size in (256, 1, 5)
     ]
     for result in results[1:]:

@@ -76,7 +76,7 @@ def test_torn_or_altered_files_are_found(tmp_path):
     whole = file.read_bytes()
     for length in (0, 4, len(whole) // 2, len(whole) - 1):
         file.write_bytes(whole[:length])
-        with pytest.raises(CorruptRecord, match=r"scores\.parquet is not a whole table of scores"):
+        with pytest.raises(CorruptRecord, match=r"scores\.parquet is not a whole table"):
             Scores.from_parquet(file)
 
 

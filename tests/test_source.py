@@ -1,76 +1,42 @@
 """SOURCE and influence functions against their formulas with dense matrices, and against closed forms."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from retrograd import CheckpointSeries, Classification, Queries, Regression, TracIn, Unrolled, attribute, record
+from retrograd import (
+    CheckpointSeries,
+    Classification,
+    ConjugateGradients,
+    DataInf,
+    GaussNewton,
+    Queries,
+    Regression,
+    TracIn,
+    Unrolled,
+    attribute,
+    record,
+)
 from retrograd.adjoint import Blend, Implicit, Source
 from retrograd.errors import InputError, UnsupportedTraining
-from retrograd.params import flatten, unflatten
 from retrograd.trajectory import TrainingState
 from tests.cases import CASES, RULES
+from tests.reference.dense_influence import Dense, DenseOperator, dense_gauss_newton, example_gradients, query_gradients
 
 CASE = CASES["plain"]
-
-
-def dense_gauss_newton(run, state: TrainingState) -> Tensor:
-    """Mean over examples of Jᵀ (diag p − p pᵀ) J, with the Jacobian of the logits by brute force."""
-    inputs, _ = CASE.examples
-    model = run.update_map.model
-
-    def logits(vector: Tensor) -> Tensor:
-        return torch.func.functional_call(model, unflatten(vector, state.params), (inputs,))
-
-    point = flatten(state.params.values())
-    jacobian, found = torch.func.jacrev(logits)(point), logits(point).softmax(-1)
-    middle = torch.diag_embed(found) - found[:, :, None] * found[:, None, :]
-    return torch.einsum("ncp,ncd,ndq->pq", jacobian, middle, jacobian) / len(inputs)
-
-
-@dataclass(frozen=True)
-class DenseOperator:
-    matrix: Tensor
-
-    def apply(self, function: Callable[[Tensor], Tensor], vectors: dict) -> dict:
-        values, basis = torch.linalg.eigh(self.matrix)
-        flat = flatten(vectors.values(), batched=True) @ basis * function(values.clamp(min=0)) @ basis.T
-        parts = [unflatten(row, {name: leaf[0] for name, leaf in vectors.items()}) for row in flat]
-        return {name: torch.stack([part[name] for part in parts]) for name in vectors}
-
-
-@dataclass(frozen=True)
-class Dense:
-    """The exact Gauss-Newton matrix, averaged over states."""
-
-    def fit(self, run, states: Sequence[TrainingState], *, seed: int = 0) -> DenseOperator:
-        return DenseOperator(torch.stack([dense_gauss_newton(run, state) for state in states]).mean(0))
-
-
-def example_gradients(run, state: TrainingState) -> Tensor:
-    rows = []
-    for number in run.examples.ids:
-        params = {name: leaf.clone().requires_grad_() for name, leaf in state.params.items()}
-        loss = run.update_map.losses(TrainingState(params, {}, {}, 0), run.examples.batch(number[None]))[0]
-        rows.append(flatten(torch.autograd.grad(loss, list(params.values()))))
-    return torch.stack(rows)
-
-
-def query_gradients(run) -> Tensor:
-    return flatten(Queries(CASE.queries).gradients(run, run.final_state).params.values(), batched=True)
 
 
 @pytest.mark.parametrize(("rule", "long_run"), [("sgd", 1.0), ("sgd decay", 1.0), ("momentum", 1 / 0.3), ("nesterov", 1 / 0.3)])
 @pytest.mark.parametrize(("segments", "each"), [(1, 1), (2, 2), (4, 1)])
 def test_source_equals_its_formula_with_dense_matrices(rule, long_run, segments, each):
     run = CASE.record(RULES[rule])  # eight steps
-    found = attribute(run, CASE.queries, method=Source(segments, each, Dense(), batch_size=5), check_roughness=False).values
+    found = attribute(run, CASE.queries, method=Source(segments, each, Dense()), check_roughness=False).values
     decay, rate = RULES[rule].options.get("weight_decay", 0.0), RULES[rule].options["lr"] * long_run
     steps = [(2 * index + 1) * 8 // (2 * segments * each) for index in range(segments * each)]
-    costates, expected = query_gradients(run), torch.zeros(4, 14, dtype=torch.float64)
+    costates, expected = query_gradients(run, CASE.queries), torch.zeros(4, 14, dtype=torch.float64)
     for segment in reversed(range(segments)):
         states = [run.state(step) for step in steps[segment * each : (segment + 1) * each]]
         curvature = torch.stack([dense_gauss_newton(run, state) for state in states]).mean(0)
@@ -89,11 +55,11 @@ def test_source_equals_its_formula_with_dense_matrices(rule, long_run, segments,
 
 def test_implicit_equals_its_formula_with_dense_matrices():
     run = CASE.record(RULES["sgd decay"])
-    found = attribute(run, CASE.queries, method=Implicit(Dense(), damping=0.3, batch_size=4), check_roughness=False).values
+    found = attribute(run, CASE.queries, method=Implicit(Dense(), damping=0.3), check_roughness=False).values
     curvature = dense_gauss_newton(run, run.final_state)
     damping = 0.3 * torch.linalg.eigvalsh(curvature).clamp(min=0).mean() + 0.05
     inverse = torch.linalg.inv(curvature + damping * torch.eye(len(curvature), dtype=torch.float64))
-    expected = -query_gradients(run) @ inverse @ example_gradients(run, run.final_state).T / 14
+    expected = -query_gradients(run, CASE.queries) @ inverse @ example_gradients(run, run.final_state).T / 14
     assert torch.allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
@@ -101,8 +67,7 @@ def test_results_do_not_depend_on_batches_or_query_slices():
     run = CASE.record(RULES["momentum"])
     for method in (Source(2, 2, Dense()), Implicit(Dense())):
         whole = attribute(run, CASE.queries, method=method, check_roughness=False).values
-        small = type(method)(**{**vars(method), "batch_size": 3})
-        parts = attribute(run, CASE.queries, method=small, query_batch=3, check_roughness=False).values
+        parts = attribute(run, CASE.queries, method=method, query_batch=3, memory=2 * 30 * 8 * 20).values
         assert torch.allclose(whole, parts, atol=1e-12)
 
 
@@ -115,7 +80,7 @@ def test_weights_of_the_matching_run_scale_the_curvature():
     curvature = 0.5 * dense_gauss_newton(halved, halved.final_state)
     damping = 0.3 * torch.linalg.eigvalsh(curvature).clamp(min=0).mean()
     inverse = torch.linalg.inv(curvature + damping * torch.eye(len(curvature), dtype=torch.float64))
-    expected = -query_gradients(halved) @ inverse @ example_gradients(halved, halved.final_state).T / 14
+    expected = -query_gradients(halved, CASE.queries) @ inverse @ example_gradients(halved, halved.final_state).T / 14
     assert torch.allclose(found, expected, rtol=1e-8, atol=1e-10)
 
 
@@ -125,7 +90,7 @@ class Ridge:
 
     inputs: Tensor
 
-    def fit(self, run, states: Sequence[TrainingState], *, seed: int = 0) -> DenseOperator:
+    def fit(self, run, states: Sequence[TrainingState], *, seed: int = 0, ids=None, scale=None) -> DenseOperator:
         return DenseOperator(2 * self.inputs.T @ self.inputs / len(self.inputs))
 
 
@@ -158,16 +123,19 @@ def test_a_converged_ridge_regression_agrees_with_everything():
 
 
 def test_what_source_cannot_do_is_refused():
-    run = CASE.record(RULES["adam"])
-    with pytest.raises(UnsupportedTraining, match="one step size for all parameters"):
-        attribute(run, CASE.queries, method=Source(1, 1, Dense()), check_roughness=False)
-    with pytest.raises(UnsupportedTraining, match="one step size"):
-        attribute(CASES["groups"].record(RULES["sgd"]), CASE.queries, method=Source(1, 1, Dense()), check_roughness=False)
-    with pytest.raises(InputError, match="has no 9 checkpoints"):
-        attribute(CASE.record(RULES["sgd"]), CASE.queries, method=Source(3, 3, Dense()), check_roughness=False)
+    run = CASE.record(RULES["sgd"])
+    with pytest.raises(InputError, match="have no 9 checkpoints"):
+        attribute(run, CASE.queries, method=Source(3, 3, Dense()))
     for wrong in ({"segments": 0}, {"checkpoints_per_segment": 0}):
         with pytest.raises(InputError, match="at least 1"):
             Source(**wrong)
+    with pytest.raises(InputError, match="one number for each stage"):
+        Source(segments=(1, 2))
+    with pytest.raises(InputError, match="inside the run"):
+        attribute(run, CASE.queries, method=Source(1, 1, Dense(), stages=(8,)))
+    for rule in ("adam", "nesterov"):
+        with pytest.raises(UnsupportedTraining, match="heavy_ball"):
+            attribute(CASE.record(RULES[rule]), CASE.queries, method=Source(1, 1, Dense(), momentum="heavy_ball"))
     with pytest.raises(InputError, match="above 0"):
         Implicit(damping=0.0)
 
@@ -253,3 +221,54 @@ def test_query_gradients_of_models_that_cannot_be_vectorised():
         value = run.update_map.measurements(TrainingState(params, {}, {}, 0), batch)[0]
         for name, expected in zip(params, torch.autograd.grad(value, list(params.values())), strict=True):
             assert torch.allclose(found[name][query], expected, atol=1e-12)
+
+
+def test_damping_from_the_training_time():
+    run = CASE.record(RULES["momentum"])
+    found = attribute(run, CASE.queries, method=Implicit(Dense(), damping="training_time")).values
+    shift = 1 / (8 * RULES["momentum"].options["lr"] / 0.3)
+    curvature = dense_gauss_newton(run, run.final_state)
+    inverse = torch.linalg.inv(curvature + shift * torch.eye(len(curvature), dtype=torch.float64))
+    expected = -query_gradients(run, CASE.queries) @ inverse @ example_gradients(run, run.final_state).T / 14
+    assert torch.allclose(found, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", ["adam", "adamw"])
+def test_damping_from_the_training_time_of_every_coordinate(rule):
+    """(G + P⁻¹ (δ + 1 / Σ η))⁻¹, which is what is left of P^½ (P^½ G P^½ + δ + 1 / Σ η)⁻¹ P^½."""
+    run = CASE.record(RULES[rule])
+    state = run.final_state
+    found = attribute(run, CASE.queries, method=Implicit(Dense(), damping="training_time")).values
+    sizes = torch.cat([torch.as_tensor(run.step_size(state, name)).flatten() for name in state.params])
+    time = sum(record.hyper[0]["learning_rate"] for record in run.records)
+    shrink = 0.1 if rule == "adamw" else 0.0
+    matrix = dense_gauss_newton(run, state) + torch.diag((shrink + 1 / time) / sizes)
+    expected = -query_gradients(run, CASE.queries) @ torch.linalg.inv(matrix) @ example_gradients(run, state).T / 14
+    assert torch.allclose(found, expected, rtol=1e-8, atol=1e-12)
+    for solver in (ConjugateGradients(1e-10), DataInf()):
+        own = attribute(run, CASE.queries, method=Implicit(GaussNewton(), solver, damping="training_time")).values
+        if isinstance(solver, DataInf):
+            assert own.isfinite().all()
+        else:
+            assert torch.allclose(own, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_layer_that_is_not_used_has_no_part():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.Linear(3, 3), nn.Linear(4, 4)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.used(inputs)
+
+    torch.manual_seed(0)
+    run = record(
+        Idle().double(),
+        CASE.examples,
+        Classification(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.1),
+        epochs=1,
+        batch_size=7,
+    )
+    assert attribute(run, CASE.queries, method=Implicit()).values.abs().max() > 0

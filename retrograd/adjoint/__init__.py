@@ -1,11 +1,29 @@
-"""Producers of costates, one a file: the methods of attribution."""
+"""Producers of costates, one a file, and the engine that contracts those of approximate ones."""
 
-from retrograd.adjoint.adjoint import Adjoint, Notes, ScorePart
+from retrograd.adjoint.adjoint import Adjoint
 from retrograd.adjoint.blend import Blend
+from retrograd.adjoint.contraction import Engine
 from retrograd.adjoint.implicit import Implicit
+from retrograd.adjoint.logra import LoGra
+from retrograd.adjoint.parts import Notes, Probe, ScorePart
 from retrograd.adjoint.queries import Queries
 from retrograd.adjoint.source import Source
 from retrograd.adjoint.tracin import TracIn
+from retrograd.adjoint.trak import TRAK
 from retrograd.adjoint.unrolled import Unrolled
 
-__all__ = ["Adjoint", "Blend", "Implicit", "Notes", "Queries", "ScorePart", "Source", "TracIn", "Unrolled"]
+__all__ = [
+    "TRAK",
+    "Adjoint",
+    "Blend",
+    "Engine",
+    "Implicit",
+    "LoGra",
+    "Notes",
+    "Probe",
+    "Queries",
+    "ScorePart",
+    "Source",
+    "TracIn",
+    "Unrolled",
+]

@@ -21,7 +21,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from retrograd.adjoint.adjoint import Adjoint, Notes, ScorePart
+from retrograd.adjoint.adjoint import Adjoint
+from retrograd.adjoint.contraction import Engine
+from retrograd.adjoint.parts import ScorePart
 from retrograd.adjoint.queries import Queries
 from retrograd.adjoint.source import Source
 from retrograd.adjoint.unrolled import Unrolled
@@ -52,13 +54,13 @@ class Blend:
         if self.shares is not None and (len(self.shares) != len(self.methods) or abs(sum(self.shares) - 1) > 1e-9):
             raise InputError(f"shares need one number for each of {len(self.methods)} methods, with sum 1; got {self.shares}.")
 
-    def parts(self, run: Run, queries: Queries, notes: Notes, /) -> Iterator[ScorePart]:
+    def parts(self, run: Run, queries: Queries, engine: Engine, /) -> Iterator[ScorePart]:
         """Yield all scores at once: their spread is known only when all are there."""
         shares = self.shares or [1 / len(self.methods)] * len(self.methods)
         total, scale = None, None
-        for method, share in zip(self.methods, shares, strict=True):
+        for number, (method, share) in enumerate(zip(self.methods, shares, strict=True)):
             values = torch.zeros(len(queries), len(run.examples), dtype=torch.float64)
-            for part in method.parts(run, queries, notes):
+            for part in method.parts(run, queries, engine.under(f"method{number}")):
                 values.index_add_(1, run.examples.rows(part.example_ids), part.values.double().cpu())
             spread = _spread(values)
             scale = spread if scale is None else scale
@@ -67,6 +69,11 @@ class Blend:
         assert total is not None
         dtype = next(iter(run.update_map.model.parameters())).dtype
         yield ScorePart(run.examples.ids, total.to(dtype))
+
+
+def unrolls(method: Adjoint) -> bool:
+    """Whether a method differentiates the steps themselves, so that roughness of the run makes its scores useless."""
+    return isinstance(method, Unrolled) or (isinstance(method, Blend) and any(unrolls(own) for own in method.methods))
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from retrograd.errors import InputError, NonFinite
 from retrograd.params import Params, map_params, map_slots
 from retrograd.trajectory import Examples, Run, StateVectors, TrainingState, UpdateMap
 from retrograd.trajectory.kernels import twice_differentiable
-from retrograd.trajectory.state import map_batch
+from retrograd.trajectory.per_example import per_example
 from retrograd.trajectory.trajectory import to_device
 
 _AT_ONCE = 64  # queries whose gradients are taken together
@@ -80,8 +80,7 @@ class Queries:
         rows = torch.arange(len(self))
         slices = zip(rows.split(_AT_ONCE), self.ids.split(_AT_ONCE), strict=True)
         for some, ids in [(rows, self.examples.ids)] if self.mean else slices:
-            with twice_differentiable(own_functions=False):  # for the running statistics of batch norm
-                values, grads = self._together(measured, inputs, ids)
+            values, grads = self._together(measured, inputs, ids)
             if not torch.isfinite(values).all():
                 row = int(torch.isfinite(values).logical_not().nonzero()[0])
                 raise NonFinite(f"the measurement of query {int(ids[row])} is {values[row].item()}.")
@@ -94,25 +93,17 @@ class Queries:
         """Values and gradients, ``[query]`` and a leading axis ``query`` on every leaf."""
         batch = self._batch(ids, inputs)
         if self.mean:
-            grads, value = torch.func.grad_and_value(lambda point: measured(point, batch, len(ids)).mean())(inputs)
+            with twice_differentiable(own_functions=False):  # for the running statistics of batch norm
+                grads, value = torch.func.grad_and_value(lambda point: measured(point, batch, len(ids)).mean())(inputs)
             return value[None], map_params(lambda leaf: leaf[None], grads)
 
-        def one(point: Params, row: Any) -> Tensor:
-            return measured(point, map_batch(lambda leaf: leaf[None], row), 1)[0]  # vmap took the batch axis
-
-        try:
-            grads, values = torch.func.vmap(torch.func.grad_and_value(one), in_dims=(None, 0))(inputs, batch)
-        except (RuntimeError, ValueError):  # control flow that looks at values, or batches of more than tensors
-            parts = [self._alone(measured, inputs, query) for query in ids.split(1)]
-            values = torch.stack([value for value, _ in parts])
-            grads = {name: torch.stack([grads[name] for _, grads in parts]) for name in inputs}
-        return values, grads
-
-    def _alone(self, measured: Callable[..., Tensor], inputs: Params, query: Tensor) -> tuple[Tensor, Params]:
-        point = map_params(lambda leaf: leaf.requires_grad_(), map_params(Tensor.clone, inputs))
-        value = measured(point, self._batch(query, inputs), 1)[0]
-        grads = torch.autograd.grad(value, list(point.values()), allow_unused=True, materialize_grads=True)
-        return value.detach(), dict(zip(point, grads, strict=True))
+        return per_example(
+            lambda point, row: measured(point, row, 1),
+            inputs,
+            batch,
+            len(ids),
+            lambda row: self._batch(ids[row : row + 1], inputs),
+        )
 
     def _batch(self, ids: Tensor, beside: Params) -> Any:
         return to_device(self.examples.batch(ids), next(iter(beside.values())).device)

@@ -4,8 +4,6 @@
 raises measurement q. Unit: that of the measurement, per unit of example weight. Orientation: (query, example), always.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,7 +18,7 @@ from torch import Tensor
 from retrograd.adjoint import Queries
 from retrograd.attribution.check import Check
 from retrograd.errors import CorruptRecord, InputError, UnknownExample
-from retrograd.files import replace_file
+from retrograd.files import read_columns, write_columns
 from retrograd.trajectory import Counterfactual
 
 
@@ -47,6 +45,7 @@ class Scores:
         notes: what the method and the run reported: coverage, roughness, lost energy, processor seconds.
         queries: what was asked, so that it can be asked again of retrained models; not in files.
         check: predictions beside outcomes of retraining, if they were compared (`retrograd.check`).
+        tokens: each score split over the positions of its example, if that was asked for; not in files.
 
     >>> scores = Scores(torch.tensor([[1.0, -2.0, 0.5]]), torch.tensor([10, 11, 12]), torch.tensor([0]), "by hand")
     >>> scores.top(0, k=2)
@@ -65,6 +64,7 @@ class Scores:
     notes: Mapping[str, Any] = field(default_factory=dict)
     queries: Queries | None = field(default=None, repr=False, compare=False)
     check: Check | None = field(default=None, compare=False)
+    tokens: Float[Tensor, "query example position"] | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self):
         if self.values.shape != (len(self.query_ids), len(self.example_ids)):
@@ -151,17 +151,16 @@ class Scores:
         notes = {**first.notes, "runs": len(parts)}
         if all("seconds" in part.notes for part in parts):
             notes["seconds"] = sum(part.notes["seconds"] for part in parts)
-        return replace(first, values=values, trajectory_digest=digest, notes=notes, check=None)
+        split = [part.tokens for part in parts if part.tokens is not None]
+        tokens = torch.stack(split).mean(0) if len(split) == len(parts) else None
+        return replace(first, values=values, trajectory_digest=digest, notes=notes, check=None, tokens=tokens)
 
     # ------------------------------------------------------------------ files
 
     def to_parquet(self, path: str | os.PathLike[str]) -> None:
         """Write a table: one row an example, a column ``example_id`` and one column ``query_<id>`` for each query."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        columns = {"example_id": self.example_ids.numpy()}
         values = self.values.cpu().float() if self.values.dtype == torch.bfloat16 else self.values.cpu()
+        columns = {"example_id": self.example_ids.numpy()}
         columns |= {f"query_{int(query)}": row.numpy() for query, row in zip(self.query_ids, values, strict=True)}
         about = {
             "method": self.method,
@@ -171,9 +170,7 @@ class Scores:
             "notes": dict(self.notes),
             "check": None if self.check is None else self.check.plain(),
         }
-        about["digest"] = _digest(columns, about)
-        table = pa.table(columns).replace_schema_metadata({"retrograd": json.dumps(about)})
-        replace_file(Path(path), lambda temporary: pq.write_table(table, temporary, write_page_checksum=True))
+        write_columns(Path(path), columns, about)
 
     @staticmethod
     def from_parquet(path: str | os.PathLike[str]) -> "Scores":
@@ -182,19 +179,11 @@ class Scores:
         Raises:
             CorruptRecord: the file is torn, or no table of scores.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
+        columns, about = read_columns(Path(path))
         try:
-            table = pq.ParquetFile(path, page_checksum_verification=True).read()
-            about = json.loads(table.schema.metadata[b"retrograd"])
-            columns = {name: table.column(name).to_numpy() for name in table.column_names}
-            if about.pop("digest") != _digest(columns, about):
-                raise ValueError("its contents do not have the digest that is written with them")
             queries = [name for name in columns if name.startswith("query_")]
-            values = np.stack([columns[name] for name in queries])
             return Scores(
-                torch.from_numpy(values),
+                torch.from_numpy(np.stack([columns[name] for name in queries])),
                 torch.from_numpy(columns["example_id"].copy()),
                 torch.tensor([int(name.removeprefix("query_")) for name in queries]),
                 about["method"],
@@ -204,20 +193,11 @@ class Scores:
                 about["notes"],
                 check=None if about["check"] is None else Check.of_plain(about["check"]),
             )
-        except FileNotFoundError:
-            raise
-        except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, OverflowError) as error:
-            raise CorruptRecord(f"{path} is not a whole table of scores: {error}") from error
+        except (LookupError, TypeError, ValueError) as error:
+            raise CorruptRecord(f"{path} is not a whole table: a table of scores lacks {error}") from error
 
     def _row(self, query: int) -> int:
         found = (self.query_ids == query).nonzero()
         if not len(found):
             raise UnknownExample(f"there is no query {query}. Query ids: {self.query_ids.tolist()[:10]}.")
         return int(found[0])
-
-
-def _digest(columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> str:
-    hasher = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
-    for name, column in columns.items():
-        hasher.update(f"{name}:{column.dtype};".encode() + np.ascontiguousarray(column).tobytes())
-    return hasher.hexdigest()

@@ -14,12 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from retrograd.cli.console import errors_as_messages, print_ceilings, print_check, progress_bars, warnings_as_messages
-from retrograd.cli.source import Source
+from retrograd.cli.source import Source as Place
 from retrograd.errors import CorruptRecord, InputError
 
 if TYPE_CHECKING:
     from retrograd import Scores
-    from retrograd.adjoint import Adjoint
 
 QUERIES_SHOWN = 5
 
@@ -34,9 +33,16 @@ def attribute(
         ),
     ],
     method: Annotated[
-        Literal["unrolled", "tracin"], typer.Option(help="Exact, back through every step; or gradients at some checkpoints.")
+        Literal["unrolled", "source", "influence", "tracin", "blend", "auto"],
+        typer.Option(
+            help="Exact, back through every step; SOURCE; influence functions with EK-FAC; gradients at some checkpoints; "
+            "exact and SOURCE blended; or what promises most for --budget."
+        ),
     ] = "unrolled",
-    rank: Annotated[int | None, typer.Option(min=1, help="unrolled: answer all queries by so many directions.")] = None,
+    budget: Annotated[
+        float | None, typer.Option(min=0.0, help="auto: processor time, in epochs of the run's own training.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Answer all queries by so many directions.")] = None,
     checkpoints: Annotated[int | None, typer.Option(min=1, help="tracin: number of checkpoints (default 6).")] = None,
     keep: Annotated[
         float | None,
@@ -50,15 +56,18 @@ def attribute(
             help="Retrain on so many random subsets and compare; 0 for as many as cost no more than the scores themselves.",
         ),
     ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Keep finished parts here; the same command goes on after the last one.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Parquet file for the scores.")] = None,
     top: Annotated[int, typer.Option(min=1, help="How many examples to print for a query, in each direction.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score the training examples of a run: which of them raise and lower what is measured, and check it by retraining."""
     with errors_as_messages():
-        how = _method(method, rank, checkpoints)
+        how = _options(method, budget, rank, checkpoints) | {"folder": folder}
         _refuse_options(keep, removal, check, output)
-        place = Source.of(source)
+        place = Place.of(source)
     # Standard output is for the one object: what the user's code prints must not get into it.
     aside = redirect_stdout(sys.stderr) if as_json else nullcontext()
     with aside, warnings_as_messages(), progress_bars(), place.importable():
@@ -74,16 +83,21 @@ def attribute(
         _print_scores(Console(), scores, top, output)
 
 
-def _method(name: str, rank: int | None, checkpoints: int | None) -> "Adjoint":
-    from retrograd import TracIn, Unrolled
+def _options(name: str, budget: float | None, rank: int | None, checkpoints: int | None) -> dict[str, Any]:
+    """What `retrograd.attribute` is to be given for a method."""
+    from retrograd import Blend, Implicit, Source, TracIn, Unrolled
 
+    if checkpoints is not None and name != "tracin":
+        raise InputError(f"--checkpoints is for --method tracin, not for {name}.")
+    if (budget is not None) != (name == "auto"):
+        raise InputError("--budget and --method auto belong together: how much may it cost, in epochs of the run's training?")
+    if name == "auto":
+        return {"method": "auto", "budget": budget, "rank": rank}
     if name == "unrolled":
-        if checkpoints is not None:
-            raise InputError("--checkpoints is for --method tracin; unrolling goes through every step.")
-        return Unrolled(rank=rank)
-    if rank is not None:
-        raise InputError("--rank is for --method unrolled; tracin answers all queries at once.")
-    return TracIn() if checkpoints is None else TracIn(checkpoints=checkpoints)
+        return {"method": Unrolled(rank=rank)}
+    if name == "tracin":
+        return {"method": TracIn() if checkpoints is None else TracIn(checkpoints), "rank": rank}
+    return {"method": {"source": Source, "influence": Implicit, "blend": Blend}[name](), "rank": rank}
 
 
 def _refuse_options(keep: float | None, removal: Any, check: int | None, output: Path | None) -> None:
@@ -117,7 +131,7 @@ def _refuse_options(keep: float | None, removal: Any, check: int | None, output:
 
 
 def _scores(
-    source: str, given: Any, method: "Adjoint", keep: float | None, removal: Any, check: int | None, output: Path | None
+    source: str, given: Any, how: dict[str, Any], keep: float | None, removal: Any, check: int | None, output: Path | None
 ) -> "Scores":
     import retrograd
 
@@ -128,7 +142,7 @@ def _scores(
     run, queries = given
     if check is not None and run.counterfactual.keep != 1.0:
         raise InputError("--check needs a run that was recorded with keep=1; a matched run cannot be retrained in its place.")
-    scores = retrograd.attribute(run, queries, method=method, keep=keep, removal=removal or "zero_weight")
+    scores = retrograd.attribute(run, queries, **how, keep=keep, removal=removal or "zero_weight")
     if output is not None:
         scores.to_parquet(output)  # before the check, so that the scores survive whatever happens in it
     if check is not None:
@@ -195,6 +209,9 @@ def _print_scores(console: Console, scores: "Scores", top: int, output: Path | N
         highlight=False,
         markup=False,
     )
+    for key in ("why", "more"):
+        if key in scores.notes:
+            console.print(scores.notes[key], highlight=False, markup=False)
     table = Table("query", "raised by", "score", "lowered by", "score", box=SIMPLE)
     for query in ids[:QUERIES_SHOWN]:
         raising, lowering = _tops(scores, query, top).values()

@@ -50,12 +50,18 @@ class Factors:
         bases: eigendecompositions of the factors, averaged over the states, by the weight's name.
         leftover: a diagonal block for every other trained parameter.
         kept: rows of all batches, if they were few enough to keep.
+        scalings: how each layer's rows are scaled, by the weight's name; empty without a scale.
     """
 
     layers: tuple[Layer, ...]
     bases: dict[str, Basis]
     leftover: tuple[DiagonalBlock, ...]
     kept: list[dict[str, Rows]] | None
+    scalings: dict[str, "Scaling"]
+
+    def residual(self, weight: str) -> Tensor | None:
+        """What of a layer's scale its rows do not carry, ``[out, in]``."""
+        return self.scalings[weight].residual if self.scalings else None
 
     def operator(self, eigenvalues: Params) -> BlockOperator:
         """Return the operator with these eigenvalues ``[out, in]``, by the weight's name, along the axes of the bases."""
@@ -66,7 +72,33 @@ class Factors:
         return BlockOperator((*blocks, *self.leftover))
 
 
-def fit_factors(source: PseudoBatches, keep: bool) -> Factors:
+@dataclass(frozen=True)
+class Scaling:
+    """A layer's scale as a product of rows and columns, which factors can carry, times what is left.
+
+    s_oi = rows_o · columns_i · residual_oi, with log rows and log columns by the means of log s.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    residual: Tensor
+
+    @staticmethod
+    def of(layer: Layer, scale: Params) -> "Scaling":
+        """Split the scale of a layer's weight and bias."""
+        whole = scale[layer.weight].flatten(1)
+        if layer.bias is not None:
+            whole = torch.cat([whole, scale[layer.bias][:, None]], dim=1)
+        logs = whole.log()
+        rows, columns = logs.mean(1).exp(), (logs.mean(0) - logs.mean()).exp()
+        return Scaling(rows, columns, whole / torch.outer(rows, columns))
+
+    def __call__(self, rows: Rows) -> Rows:
+        """Scale both sides."""
+        return rows[0] * self.columns, rows[1] * self.rows
+
+
+def fit_factors(source: PseudoBatches, keep: bool, scale: Params | None = None) -> Factors:
     """Go once over the examples at each state; ``keep`` the rows for `rows_again`, if memory allows."""
     update_map, states = source.update_map, source.states
     probes = source.ids[:_PROBES]
@@ -77,20 +109,23 @@ def fit_factors(source: PseudoBatches, keep: bool) -> Factors:
     sums = [{layer.weight: _Sums() for layer in layers} for _ in states]
     kept: list[dict[str, Rows]] | None = [] if keep else None
     room = _KEPT_SCALARS
+    scalings = {layer.weight: Scaling.of(layer, scale) for layer in layers} if scale is not None else {}
     for index, state, size, batch in source.over("curvature: factors"):
-        rows = capture(update_map, layers, state, batch, size)
+        rows = _scaled(capture(update_map, layers, state, batch, size), scalings)
         for weight, own in rows.items():
             sums[index][weight].add(*own)
         if rest:
             for grads in per_example_gradients(update_map, state, batch, size, rest):
                 for name, leaf in grads.items():
+                    leaf = leaf if scale is None else leaf * scale[name]
                     diagonal[name] += leaf.square().sum(0, dtype=torch.float64)
         room -= sum(part.numel() for own in rows.values() for part in own)
         if kept is not None:
             kept.append(rows)
             kept = kept if room >= 0 else None
     bases = {layer.weight: _decomposed([own[layer.weight] for own in sums], source.count / len(states)) for layer in layers}
-    return Factors(layers, bases, tuple(DiagonalBlock(name, leaf / source.count) for name, leaf in diagonal.items()), kept)
+    leftover = tuple(DiagonalBlock(name, leaf / source.count) for name, leaf in diagonal.items())
+    return Factors(layers, bases, leftover, kept, scalings)
 
 
 def rows_again(source: PseudoBatches, factors: Factors) -> Iterator[dict[str, Rows]]:
@@ -99,7 +134,11 @@ def rows_again(source: PseudoBatches, factors: Factors) -> Iterator[dict[str, Ro
         yield from factors.kept
         return
     for _, state, size, batch in source.over("curvature: eigenvalues"):
-        yield capture(source.update_map, factors.layers, state, batch, size)
+        yield _scaled(capture(source.update_map, factors.layers, state, batch, size), factors.scalings)
+
+
+def _scaled(rows: dict[str, Rows], scalings: dict[str, Scaling]) -> dict[str, Rows]:
+    return {weight: scalings[weight](own) for weight, own in rows.items()} if scalings else rows
 
 
 class _Sums:

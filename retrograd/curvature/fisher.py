@@ -25,7 +25,7 @@ from torch import Tensor
 
 from retrograd.curvature.operator import Function, check_names
 from retrograd.curvature.pseudo_gradients import PseudoBatches, chosen, per_example_gradients
-from retrograd.params import Params, unflatten
+from retrograd.params import Params, map_params, unflatten
 from retrograd.trajectory import Run, TrainingState
 
 
@@ -43,18 +43,27 @@ class Fisher:
     batch_size: int = 256
     examples: int | Sequence[int] | None = None
 
-    def fit(self, run: Run, states: Sequence[TrainingState], *, seed: int = 0) -> "ThinOperator":
+    def fit(
+        self,
+        run: Run,
+        states: Sequence[TrainingState],
+        *,
+        seed: int = 0,
+        ids: Tensor | None = None,
+        scale: Params | None = None,
+    ) -> "ThinOperator":
         """Return the Fisher matrix, averaged over ``states``.
 
         Raises:
             InputError: the task cannot draw its own targets.
         """
-        ids = chosen(run.examples, self.examples, seed)
+        ids = chosen(run.examples, self.examples, seed, ids)
         source = PseudoBatches(run.update_map, run.examples, ids, self.batch_size, self.samples, seed, states)
         names = run.update_map.names
         parts = []
         for _, state, size, batch in source.over("curvature: gradients"):
             for grads in per_example_gradients(run.update_map, state, batch, size, names):
+                grads = grads if scale is None else map_params(torch.mul, grads, scale)
                 parts.append(_rows(grads, names).double())
         rows = torch.cat(parts) / source.count**0.5
         return ThinOperator(*thin_eigenvectors(rows), {name: states[0].params[name] for name in names})
@@ -68,18 +77,20 @@ class ThinOperator:
         eigenvalues: σ, all P of them, zeros last.
         eigenvectors: V, those of the first r eigenvalues.
         like: the parameters, for their names and shapes.
+        drop: take f = 0 beyond the columns in place of f(0).
     """
 
     eigenvalues: Float[Tensor, " P"]
     eigenvectors: Float[Tensor, "P rank"]
     like: Params
+    drop: bool = False
 
     def apply(self, function: Function, vectors: Params) -> Params:
         """Return f(G) v for vectors with a leading axis ``query`` on every leaf; see `Operator.apply`."""
         check_names(vectors, tuple(self.like))
         matrix = _rows(vectors, self.like)
-        values, rank = function(self.eigenvalues), self.eigenvectors.shape[1]
-        beyond = values[-1] if rank < len(values) else values.new_zeros(())
+        values, rank = function(self.eigenvalues, self.eigenvalues.mean().item()), self.eigenvectors.shape[1]
+        beyond = values[-1] if rank < len(values) and not self.drop else values.new_zeros(())
         basis = self.eigenvectors
         wide = matrix.double()
         result = beyond * wide + (wide @ basis * (values[:rank] - beyond)) @ basis.T

@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from retrograd.curvature.factors import fit_factors
 from retrograd.curvature.operator import BlockOperator
 from retrograd.curvature.pseudo_gradients import PseudoBatches, chosen
+from retrograd.params import Params
 from retrograd.trajectory import Run, TrainingState
 
 
@@ -47,13 +49,21 @@ class KFAC:
   booktitle = {International Conference on Machine Learning}, year = {2015}
 }"""
 
-    def fit(self, run: Run, states: Sequence[TrainingState], *, seed: int = 0) -> BlockOperator:
+    def fit(
+        self,
+        run: Run,
+        states: Sequence[TrainingState],
+        *,
+        seed: int = 0,
+        ids: Tensor | None = None,
+        scale: Params | None = None,
+    ) -> BlockOperator:
         """Return the K-FAC operator of factors averaged over ``states``.
 
         Raises:
             InputError: the task cannot draw its own targets.
         """
-        ids = chosen(run.examples, self.examples, seed)
+        ids = chosen(run.examples, self.examples, seed, ids)
         source = PseudoBatches(run.update_map, run.examples, ids, self.batch_size, self.samples, seed, states)
-        factors = fit_factors(source, keep=False)
+        factors = fit_factors(source, keep=False, scale=scale)
         return factors.operator({name: torch.outer(own.out_values, own.in_values) for name, own in factors.bases.items()})

@@ -8,6 +8,9 @@ Q_b, σ_b   its eigenvectors and eigenvalues: Q_S ⊗ Q_A and a matrix [out, in]
 f(σ) = 1/(σ + ρ) gives influence functions, f(σ) = exp(−cσ) a stretch of training. G has no unit besides that of the loss
 over parameters squared: it is the *mean* over examples of the Gauss-Newton matrix of ℓ_i, whatever the batch size was.
 
+With ``scale`` s a curvature is that of parameters measured in units of s: diag(s) G diag(s), which is what an optimizer with a
+preconditioner s² sees.
+
 Assumptions: no curvature between blocks. Cost of applying a Kronecker block of [out, in]: 4 · out · in · (out + in)
 multiplications a vector; of a diagonal one, one an entry.
 """
@@ -17,14 +20,15 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from retrograd.errors import InputError
 from retrograd.params import Params
 from retrograd.trajectory import Run, TrainingState
 
-Function = Callable[[Tensor], Tensor]
+Function = Callable[[Tensor, float], Tensor]
+"""Maps eigenvalues (float64, of any shape) and the mean eigenvalue of their block to f of the eigenvalues, one by one."""
 
 
 @runtime_checkable
@@ -32,11 +36,7 @@ class Operator(Protocol):
     """A symmetric positive semidefinite operator G on the trained parameters, of which functions can be applied."""
 
     def apply(self, function: Function, vectors: Params) -> Params:
-        """Return f(G) v for vectors with a leading axis ``query`` on every leaf.
-
-        ``function`` maps the eigenvalues of one block (of any shape, all in one call per block, float64) to f of them, so
-        it may use their mean.
-        """
+        """Return f(G) v for vectors with a leading axis ``query`` on every leaf; f is called once a block."""
         ...
 
 
@@ -44,8 +44,24 @@ class Operator(Protocol):
 class Curvature(Protocol):
     """A way to approximate the mean Gauss-Newton matrix of the examples' losses, made of hyperparameters alone."""
 
-    def fit(self, run: Run, states: Sequence[TrainingState], *, seed: int = 0) -> Operator:
-        """Average over several states: factors averaged, a shared eigenbasis, eigenvalues averaged in that basis."""
+    def fit(
+        self,
+        run: Run,
+        states: Sequence[TrainingState],
+        *,
+        seed: int = 0,
+        ids: Int[Tensor, " example"] | None = None,
+        scale: Params | None = None,
+    ) -> Operator:
+        """Average over several states: factors averaged, a shared eigenbasis, eigenvalues averaged in that basis.
+
+        Args:
+            run: gives model, task and examples.
+            states: where; each weighs the same.
+            seed: of whatever is drawn.
+            ids: the examples to average over; all if not given.
+            scale: s, shaped like the parameters; the operator is that of diag(s) G diag(s).
+        """
         ...
 
 
@@ -78,7 +94,8 @@ class KroneckerBlock:
         matrices = weight.flatten(2)
         if self.bias is not None:
             matrices = torch.cat([matrices, vectors[self.bias][..., None]], dim=2)
-        left, right, values = (leaf.to(matrices) for leaf in (self.out_basis, self.in_basis, function(self.eigenvalues)))
+        values = _applied(function, self.eigenvalues).to(matrices)
+        left, right = self.out_basis.to(matrices), self.in_basis.to(matrices)
         matrices = left @ (values * (left.T @ matrices @ right)) @ right.T
         if self.bias is None:
             return {self.weight: matrices.view_as(weight)}
@@ -104,7 +121,7 @@ class DiagonalBlock:
 
     def apply(self, function: Function, vectors: Params) -> Params:
         """Return f(G) v of this block's parameter."""
-        return {self.name: vectors[self.name] * function(self.eigenvalues).to(vectors[self.name])}
+        return {self.name: vectors[self.name] * _applied(function, self.eigenvalues).to(vectors[self.name])}
 
 
 @dataclass(frozen=True)
@@ -125,6 +142,10 @@ class BlockOperator:
         for block in self.blocks:
             found |= block.apply(function, vectors)
         return {name: found[name] for name in vectors}
+
+
+def _applied(function: Function, eigenvalues: Tensor) -> Tensor:
+    return function(eigenvalues, eigenvalues.mean().item())
 
 
 def check_names(vectors: Params, names: Sequence[str]) -> None:

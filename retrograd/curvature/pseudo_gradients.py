@@ -25,7 +25,7 @@ from retrograd.params import Params
 from retrograd.progress import track
 from retrograd.task import BoundModel, Samples
 from retrograd.trajectory import Examples, TrainingState, UpdateMap
-from retrograd.trajectory.kernels import twice_differentiable
+from retrograd.trajectory.per_example import loss_gradients
 from retrograd.trajectory.state import map_batch
 from retrograd.trajectory.trajectory import to_device
 from retrograd.trajectory.update_map import evaluation_mode
@@ -97,34 +97,27 @@ def device_of(state: TrainingState) -> torch.device:
     return next(iter(state.params.values())).device
 
 
-def chosen(examples: Examples, choice: int | Sequence[int] | None, seed: int) -> Tensor:
-    """Return the ids to use: all, so many drawn at random, or those given."""
+def chosen(examples: Examples, choice: int | Sequence[int] | None, seed: int, among: Tensor | None = None) -> Tensor:
+    """Return the ids to use: all, so many drawn at random, or those given; only from ``among``, if that is given."""
+    among = examples.ids if among is None else among
     if choice is None:
-        return examples.ids
+        return among
     if isinstance(choice, int):
-        if not 1 <= choice <= len(examples):
-            raise InputError(f"examples={choice}, but the run has {len(examples)}: give a number from 1 to that, or ids.")
-        order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed))
-        return examples.ids.sort().values[order[:choice]].sort().values  # by id, so that the order of rows does not matter
+        if not 1 <= choice <= len(among):
+            raise InputError(f"examples={choice}, but there are {len(among)}: give a number from 1 to that, or ids.")
+        order = torch.randperm(len(among), generator=torch.Generator().manual_seed(seed))
+        return among.sort().values[order[:choice]].sort().values  # by id, so that the order of rows does not matter
     ids = torch.as_tensor(choice, dtype=torch.int64)
     examples.rows(ids)
-    return ids
+    return ids[torch.isin(ids, among)]
 
 
 def per_example_gradients(
     update_map: UpdateMap, state: TrainingState, batch: Any, size: int, names: Sequence[str]
 ) -> Iterator[Params]:
     """Yield ∇ℓ_i with respect to the parameters ``names``, for slices of the batch's ``size`` examples in order."""
-    fixed = {name: leaf for name, leaf in state.params.items() if name not in names}
-    moving = {name: state.params[name] for name in names}
-
-    def loss(params: Params, row: object) -> Tensor:
-        own = TrainingState({**fixed, **params}, state.slots, state.buffers, state.step)
-        return update_map.losses(own, map_batch(lambda leaf: leaf[None], row))[0]  # vmap took the batch axis
-
-    width = sum(leaf.numel() for leaf in moving.values())
+    width = sum(state.params[name].numel() for name in names)
     step = max(1, SCALARS_AT_ONCE // max(width, 1))
     for start in range(0, size, step):
         part = map_batch(lambda leaf, start=start: leaf[start : start + step], batch)
-        with twice_differentiable(own_functions=False):  # fused attention has no batched form
-            yield torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(moving, part)
+        yield loss_gradients(update_map, state, part, min(step, size - start), tuple(names))

@@ -2,6 +2,7 @@
 
 from retrograd.evaluation.agreement import calibration, linear_datamodeling_score
 from retrograd.evaluation.brittleness import Brittleness, brittleness
+from retrograd.evaluation.compare import Comparison, compare
 from retrograd.evaluation.detection import Detection, mislabelled_detection
 from retrograd.evaluation.reliability import additive_ceiling, noise_ceiling, one_seed_wall
 from retrograd.evaluation.retrained import Retrained
@@ -13,6 +14,7 @@ from retrograd.evaluation.tail_patch import TailPatch, tail_patch
 
 __all__ = [
     "Brittleness",
+    "Comparison",
     "Detection",
     "Retrained",
     "Study",
@@ -21,6 +23,7 @@ __all__ = [
     "brittleness",
     "calibration",
     "check",
+    "compare",
     "evaluate",
     "leave_one_out",
     "linear_datamodeling_score",

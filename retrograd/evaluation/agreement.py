@@ -83,6 +83,45 @@ def linear_datamodeling_score(
     return Agreement(value, low, high, confidence, correlations(left, right)[0])
 
 
+def score_difference(
+    predicted: Float[Tensor, "subset query"],
+    other: Float[Tensor, "subset query"],
+    actual: Float[Tensor, "subset query"],
+    *,
+    together: int = 1,
+    resamples: int = 500,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Agreement:
+    """Measure by how much one method's linear datamodeling score exceeds another's on the same retrainings.
+
+    Both meet the same subsets and queries, so much of what makes each score uncertain drops out of their difference.
+
+    Args:
+        predicted: predicted measurements of the one method.
+        other: those of the other.
+        actual: the measurements after retraining.
+        together: how many consecutive subsets were drawn together: 2 for complementary pairs.
+        resamples: number of bootstrap resamples.
+        confidence: of the interval.
+        seed: of the resampling.
+
+    >>> actual = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    >>> round(score_difference(actual, -actual, actual).value, 6)
+    2.0
+    """
+    left, right = _checked(predicted, actual)
+    second, _ = _checked(other, actual)
+    left, second, right = ranked(left), ranked(second), ranked(right)
+
+    def mean_difference(rows: Tensor, columns: Tensor) -> Tensor:
+        return (columns * (correlations(left, right, rows) - correlations(second, right, rows))).sum(1)
+
+    size = (len(left), left.shape[1], together)
+    value, low, high = interval(mean_difference, size, resamples, confidence, seed, correlation=False)
+    return Agreement(value, low, high, confidence, (correlations(left, right) - correlations(second, right))[0])
+
+
 def calibration(
     predicted: Float[Tensor, "subset query"],
     actual: Float[Tensor, "subset query"],

@@ -8,8 +8,9 @@ from retrograd.trajectory.recorder import Recorder
 from retrograd.trajectory.roughness import Roughness, roughness
 from retrograd.trajectory.schedule import All, Every, Schedule, Sqrt, Treeverse
 from retrograd.trajectory.state import StateVectors, StepInputs, StepRecord, TrainingState
+from retrograd.trajectory.step_graph import Route, StepCurvature
 from retrograd.trajectory.trajectory import MemoryCheckpoints, Run, Trajectory
-from retrograd.trajectory.update_map import Pullback, Route, UpdateMap
+from retrograd.trajectory.update_map import Pullback, UpdateMap
 
 __all__ = [
     "All",
@@ -26,6 +27,7 @@ __all__ = [
     "Schedule",
     "Sqrt",
     "StateVectors",
+    "StepCurvature",
     "StepInputs",
     "StepRecord",
     "TrainingState",

@@ -92,9 +92,10 @@ class CheckpointSeries:
         known = list(self._states)
         return sorted({known[(2 * index + 1) * len(known) // (2 * count)] for index in range(count)})
 
-    def exposure(self, steps: Sequence[int]) -> Float[Tensor, "checkpoint example"]:
-        """Learning rate × number of steps / N for the stretch of each checkpoint."""
-        stops = [0, *((left + right) / 2 for left, right in pairwise(steps)), len(self)]
+    def exposure(self, steps: Sequence[int], stops: Sequence[int] | None = None) -> Float[Tensor, "checkpoint example"]:
+        """Learning rate × number of steps / N for the stretch of each checkpoint, up to halfway to the next or as given."""
+        halfway = [*((left + right) / 2 for left, right in pairwise(steps)), len(self)]
+        stops = [0, *(halfway if stops is None else stops)]
         each = [
             self._rates[step] * (stop - start) / len(self.examples)
             for step, start, stop in zip(steps, stops, stops[1:], strict=False)
@@ -112,6 +113,11 @@ class CheckpointSeries:
 
     @property
     def weight_decay(self) -> float:
+        """Return 0: no decay is known."""
+        return 0.0
+
+    @property
+    def shrinkage(self) -> float:
         """Return 0: no decay is known."""
         return 0.0
 

@@ -88,7 +88,8 @@ def warn_if_rough(found: Roughness) -> None:
     if found.rough:
         warnings.warn(
             f"{found}. Thresholds: metasmoothness below {SMOOTH_ENOUGH}, amplification above {AMPLIFICATION_LIMIT:g}. Smooth "
-            "activations (GELU), lower learning rates, clipping and larger batches make training smoother.",
+            "activations (GELU), lower learning rates, clipping and larger batches make training smoother; "
+            'Unrolled(curvature="auto") tames rough runs.',
             RoughTraining,
             stacklevel=3,
         )

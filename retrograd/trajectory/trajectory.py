@@ -80,8 +80,8 @@ class Run(Protocol):
         """Return ``count`` checkpoints spread over the run."""
         ...
 
-    def exposure(self, steps: Sequence[int]) -> Float[Tensor, "checkpoint example"]:
-        """Learning rate over batch size, summed over each example's visits nearest to each checkpoint."""
+    def exposure(self, steps: Sequence[int], stops: Sequence[int] | None = None) -> Float[Tensor, "checkpoint example"]:
+        """Learning rate over batch size, summed over each example's visits nearest to each checkpoint, or before each stop."""
         ...
 
     def step_size(self, state: TrainingState, name: str) -> Tensor | float:
@@ -96,6 +96,11 @@ class Run(Protocol):
     @property
     def weight_decay(self) -> float:
         """Weight decay that acts like a term of the loss, ½ λ ‖θ‖², averaged over the steps."""
+        ...
+
+    @property
+    def shrinkage(self) -> float:
+        """Weight decay that shrinks parameters past the preconditioner, averaged over the steps."""
         ...
 
     def matching(self, counterfactual: Counterfactual) -> "Run":
@@ -273,12 +278,16 @@ class Trajectory:
         """Return the middles of ``count`` equal stretches of the run, as steps."""
         return [(2 * index + 1) * len(self) // (2 * count) for index in range(count)]
 
-    def exposure(self, steps: Sequence[int]) -> Float[Tensor, "checkpoint example"]:
-        """Learning rate over batch size, summed over the visits of each example that are nearest to each checkpoint.
+    def exposure(self, steps: Sequence[int], stops: Sequence[int] | None = None) -> Float[Tensor, "checkpoint example"]:
+        """Learning rate over batch size, summed over the visits of each example in the window of each checkpoint.
 
         The learning rate is that of the first parameter group; `step_size` has the others' share.
+
+        Args:
+            steps: the checkpoints.
+            stops: where each window ends; halfway to the next checkpoint if not given.
         """
-        stops = [(left + right + 1) // 2 for left, right in pairwise(steps)] + [len(self)]
+        stops = [*((left + right + 1) // 2 for left, right in pairwise(steps)), len(self)] if stops is None else stops
         exposure = torch.zeros(len(steps), len(self.examples), dtype=torch.float64)
         window = 0
         for step, record in enumerate(self.records):
@@ -313,8 +322,14 @@ class Trajectory:
 
         AdamW's is none: it shrinks parameters past the preconditioner.
         """
-        if isinstance(self.update_map.rule, AdamW):
-            return 0.0
+        return 0.0 if isinstance(self.update_map.rule, AdamW) else self._mean_decay()
+
+    @property
+    def shrinkage(self) -> float:
+        """Weight decay that shrinks parameters past the preconditioner, as AdamW's; averaged over the steps."""
+        return self._mean_decay() if isinstance(self.update_map.rule, AdamW) else 0.0
+
+    def _mean_decay(self) -> float:
         decays = [float(record.hyper[0].get("weight_decay", 0.0)) for record in self.records]
         return sum(decays) / max(len(decays), 1)
 

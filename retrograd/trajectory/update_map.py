@@ -16,7 +16,8 @@ One step, with U the optimizer (elementwise) and c the clipping of the gradient'
 
 The last is the score of example i at this step: no per-example gradient is formed. The graph of g is built once and
 shared by all costates; only the reverse pass is repeated, either for all of them at once (route ``"batched"``) or one
-after the other (route ``"loop"``).
+after the other (route ``"loop"``). With ``curvature="gauss_newton"`` another graph gives the derivatives of ψ, with the
+Gauss-Newton matrix for the Hessian (see ``gauss_newton_graph.py``); all else is the same.
 
 Assumptions: the loss can be differentiated twice. Where it cannot (ReLU at 0, ties of max-pooling, √v at v = 0)
 autograd's one-sided choice is taken. Cost: building the graph about 1.5 plain training steps a batch of costates, then
@@ -24,9 +25,10 @@ autograd's one-sided choice is taken. Cost: building the graph about 1.5 plain t
 batch, on the batched route times the costates of a slice.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -36,10 +38,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from retrograd.errors import InputError
 from retrograd.params import Params, Slots, batched_inner, count
 from retrograd.task import BoundModel, CoupledTask, Task, weighted_loss
+from retrograd.trajectory.gauss_newton_graph import GaussNewtonGraph
 from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian, share
 from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState, map_batch
-from retrograd.trajectory.step_graph import Route, StepGraph, reverse_graph
+from retrograd.trajectory.step_graph import Route, StepCurvature, StepGraph
 from retrograd.update_rules import Hyper, UpdateRule
 
 _SCALARS_AT_ONCE = 1 << 21  # costates are reversed in slices of so many scalars: temporary memory then stays warm
@@ -176,6 +179,7 @@ class UpdateMap:
         costates: StateVectors,
         route: Route = "batched",
         out: StateVectors | None = None,
+        curvature: StepCurvature = "hessian",
     ) -> Pullback:
         """Pull costates of s_{t+1} back to s_t: ``Aᵀ λ``, and the scores ``⟨λ, ∂Φ/∂w_i⟩`` of the batch's examples.
 
@@ -185,16 +189,15 @@ class UpdateMap:
             costates: λ_{t+1}, a leading axis ``query`` on every leaf.
             route: ``"batched"`` reverses many costates at once, ``"loop"`` one after the other.
             out: where to write the costates of s_t; may be ``costates`` itself, which saves memory and much time.
+            curvature: ``"gauss_newton"`` puts the batch's Gauss-Newton matrix in the place of its Hessian.
 
         Raises:
             NoSecondDerivative: a kernel of the model can be differentiated only once.
+            InputError: the task does not say what a Gauss-Newton matrix needs to know (see `SplitTask`).
         """
         costates = self._with_all_slots(costates)
-        graph = StepGraph(self._loss, state, inputs)
+        graph = self._graph(state, inputs, curvature)
         jacobians = self._rule_jacobians(state, graph.grads, inputs)
-        written = [name for name in costates.buffers if name in graph.written]
-        outputs = [*graph.grads.values(), *(graph.buffers_out[name] for name in written)]
-        sources = {**graph.params, **{f"buffers/{name}": graph.buffers_in[name] for name in costates.buffers}}
         target = costates.map(torch.empty_like) if out is None else out
         scores = graph.weights.new_zeros(len(costates), len(graph.weights))
         size = max(1, min(len(costates), _SCALARS_AT_ONCE // count(state.params)))
@@ -202,13 +205,11 @@ class UpdateMap:
             rows = slice(start, start + size)
             part = costates[rows]
             carried, gamma = self._pull_through_rule(part, jacobians, graph.grads)
-            cotangents = [*gamma.values(), *(part.buffers[name] for name in written)]
             last = start + size >= len(costates)
-            found = reverse_graph(outputs, [*sources.values(), graph.weights], cotangents, route, retain_graph=not last)
-            products = dict(zip(sources, found, strict=False))
-            if found[-1] is None:
+            products, own_scores = graph.reverse(gamma, part.buffers, route, retain_graph=not last)
+            if own_scores is None:
                 raise InputError(f"the loss of {type(self.task).__name__} does not depend on the example weights it is given.")
-            scores[rows] = found[-1]
+            scores[rows] = own_scores
             for name, direct in carried.params.items():
                 product = products[name]
                 torch.add(direct, 0.0 if product is None else product, out=target.params[name][rows])
@@ -218,7 +219,7 @@ class UpdateMap:
             for name, direct in part.buffers.items():
                 product = products[f"buffers/{name}"]
                 # A buffer that the step writes gets all of its costate from the reverse pass, any other keeps what it had.
-                kept = torch.zeros_like(direct) if name in written else direct
+                kept = torch.zeros_like(direct) if name in graph.written else direct
                 target.buffers[name][rows] = kept if product is None else kept + product
         return Pullback(target, scores)
 
@@ -347,15 +348,24 @@ class UpdateMap:
 
     # ------------------------------------------------------------------ running the user's code
 
+    def _graph(self, state: TrainingState, inputs: StepInputs, curvature: StepCurvature) -> StepGraph | GaussNewtonGraph:
+        if curvature == "hessian":
+            return StepGraph(self._loss, state, inputs)
+        return GaussNewtonGraph(self.task, self._run, state, inputs)
+
     def _loss(self, params: Params, buffers: Params, inputs: StepInputs, weights: Tensor | None) -> Tensor:
         """Evaluate the loss of the step in training mode, with its own random numbers; ``buffers`` is written to."""
-        tensors = {**params, **buffers}
 
         def loss(model: nn.Module) -> Tensor:
             return weighted_loss(self.task, model, inputs.batch, weights, len(inputs.example_ids))
 
+        return self._run(loss, params, buffers, inputs)
+
+    def _run(self, function: Callable[[nn.Module], Any], params: Params, buffers: Params, inputs: StepInputs) -> Any:
+        """Evaluate ``function(model)`` as a step does: in training mode, with its random numbers, writing to ``buffers``."""
+        tensors = {**params, **buffers}
         with self._training_mode(), torch.enable_grad(), seeded(inputs.seed, params):
-            value = self._bound(loss, tensors)
+            value = self._bound(function, tensors)
         for name in buffers:
             buffers[name] = tensors[name]
         return value

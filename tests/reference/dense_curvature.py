@@ -17,7 +17,7 @@ SEED = 4
 def dense(operator, params, function=lambda s: s):
     """f(G), written out: f(G) applied to every unit vector."""
     size = sum(leaf.numel() for leaf in params.values())
-    columns = operator.apply(function, unflatten(torch.eye(size, dtype=torch.float64), params))
+    columns = operator.apply(lambda values, _: function(values), unflatten(torch.eye(size, dtype=torch.float64), params))
     return matrix_of(columns, params)
 
 

@@ -2,6 +2,9 @@
 
 Nothing of the package's mathematics is used: only the order of the examples and the seed of each step are taken from the
 recorded run. States are flat dictionaries, ``params/NAME``, ``slots/SLOT/NAME`` and ``buffers/NAME``.
+
+With ``gauss_newton`` the gradient of a step, Jᵀ r with r = ∂L/∂outputs, has the same value, but J counts as a constant: its
+derivative is Jᵀ (∂r/∂outputs) J, the batch's Gauss-Newton matrix.
 """
 
 import torch
@@ -106,7 +109,16 @@ def initial_state(case: Case, rule: Rule) -> State:
     return state | {f"buffers/{name}": leaf.clone() for name, leaf in model.named_buffers() if leaf.is_floating_point()}
 
 
-def step(case: Case, rule: Rule, state: State, weights: Tensor, ids: Tensor, seed: int, number: int) -> tuple[State, Tensor]:
+def step(
+    case: Case,
+    rule: Rule,
+    state: State,
+    weights: Tensor,
+    ids: Tensor,
+    seed: int,
+    number: int,
+    gauss_newton: bool = False,
+) -> tuple[State, Tensor]:
     """One step of training with ``weights [N]``, differentiable in state and weights; also the norm of the gradient."""
     inputs, targets = (column[ids] for column in case.examples)
     params = {
@@ -116,7 +128,15 @@ def step(case: Case, rule: Rule, state: State, weights: Tensor, ids: Tensor, see
     outputs, buffers = case.formula(params, part(state, "buffers/"), inputs, draw)
     loss = (weights[ids] * losses(case, outputs, targets)).sum() / len(ids)
     trained = [name for name in params if name not in case.frozen]
-    grads = dict(zip(trained, torch.autograd.grad(loss, [params[name] for name in trained], create_graph=True), strict=True))
+    if gauss_newton:
+        (r,) = torch.autograd.grad(loss, outputs, create_graph=True)
+        constant = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+        still = {name: leaf.detach() for name, leaf in part(state, "buffers/").items()}
+        again = case.formula(constant, still, inputs, torch.Generator().manual_seed(seed))[0]
+        found = torch.autograd.grad(again, [constant[name] for name in trained], r, create_graph=True)
+    else:
+        found = torch.autograd.grad(loss, [params[name] for name in trained], create_graph=True)
+    grads = dict(zip(trained, found, strict=True))
     norm = sum((grad**2).sum() for grad in grads.values()) ** 0.5
     if case.clip_norm is not None and norm > case.clip_norm:  # clip_grad_norm_ guards its quotient with 1e-6
         grads = {name: grad * case.clip_norm / (norm + 1e-6) for name, grad in grads.items()}
@@ -132,13 +152,15 @@ def step(case: Case, rule: Rule, state: State, weights: Tensor, ids: Tensor, see
     return new, norm.detach()
 
 
-def train(case: Case, rule: Rule, run: Trajectory, weights: Tensor, last: int | None = None) -> tuple[State, list[float]]:
+def train(
+    case: Case, rule: Rule, run: Trajectory, weights: Tensor, last: int | None = None, gauss_newton: bool = False
+) -> tuple[State, list[float]]:
     """Return the final state, differentiable in the weights of the ``last`` steps (None: of all), and all gradient norms."""
     state, norms = initial_state(case, rule), []
     for number, entry in enumerate(run.records):
         if last is not None and number == len(run) - last:
             state = {name: leaf.detach() for name, leaf in state.items()}
-        state, norm = step(case, rule, state, weights, entry.example_ids, entry.seed, number)
+        state, norm = step(case, rule, state, weights, entry.example_ids, entry.seed, number, gauss_newton)
         norms.append(norm.item())
     return state, norms
 
@@ -149,11 +171,17 @@ def ask(case: Case, state: State, inputs: Tensor, targets: Tensor, of: str = "me
 
 
 def scores_and_run(
-    case: Case, rule: Rule, run: Trajectory, last: int | None = None, data: tuple | None = None, of: str = "measurements"
+    case: Case,
+    rule: Rule,
+    run: Trajectory,
+    last: int | None = None,
+    data: tuple | None = None,
+    of: str = "measurements",
+    gauss_newton: bool = False,
 ) -> tuple[Tensor, State, list[float]]:
     """d f_q / d w_i for all queries and examples, ``[query, example]``, by autograd through the run; final state and norms."""
     weights = case.all_weights.clone().requires_grad_()
-    state, norms = train(case, rule, run, weights, last)
+    state, norms = train(case, rule, run, weights, last, gauss_newton)
     asked = ask(case, state, *(data or case.queries), of)
     found = torch.stack([torch.autograd.grad(value, weights, retain_graph=True)[0] for value in asked])
     return found, {name: leaf.detach() for name, leaf in state.items()}, norms

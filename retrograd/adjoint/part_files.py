@@ -1,0 +1,62 @@
+"""Finished parts of an attribution, in a folder: a killed call goes on after the last whole one.
+
+    FOLDER/scores.json                               what is attributed; another call must ask the same
+    FOLDER/part-<queries>.parquet                    sum over all parts of a slice of queries
+    FOLDER/part-<queries>-…-<pass>-<batch>.parquet   a batch of examples at one checkpoint
+
+A row an example, a column a query; each file appears whole or not at all, with a digest of its content.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from retrograd.adjoint.parts import ScorePart
+from retrograd.errors import CorruptRecord, RecordExists
+from retrograd.files import read_columns, read_manifest, write_columns, write_manifest
+
+FORMAT = 1
+
+
+def begin(folder: Path, asked: dict[str, Any]) -> Path:
+    """Make the folder, or check that it is of the same call.
+
+    Raises:
+        RecordExists: it holds parts of another call.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "scores.json"
+    if not file.is_file():
+        write_manifest(file, {"format": FORMAT, "asked": asked})
+    found = read_manifest(file, {"format", "asked", "digest"}, FORMAT)["asked"]
+    different = sorted(key for key in asked if found.get(key) != asked[key])
+    if different:
+        raise RecordExists(
+            f"{folder} holds parts of another attribution: it differs in {', '.join(different)}. Give another folder, or ask "
+            "the same to continue it."
+        )
+    return folder
+
+
+def write_part(file: Path, part: ScorePart) -> None:
+    """Write a part's ids and values."""
+    columns = {"example_id": part.example_ids.numpy()}
+    values = part.values.cpu().float() if part.values.dtype == torch.bfloat16 else part.values.cpu()
+    write_columns(file, columns | {f"query_{row}": column.numpy() for row, column in enumerate(values)}, {})
+
+
+def read_part(file: Path, ids: Tensor) -> ScorePart | None:
+    """Read the part of these examples, or return None if it is not there.
+
+    Raises:
+        CorruptRecord: the file is torn, altered, or of other examples.
+    """
+    if not file.is_file():
+        return None
+    columns, _ = read_columns(file)
+    if not np.array_equal(columns.pop("example_id"), ids.numpy()):
+        raise CorruptRecord(f"{file} holds other examples than this part has. Take it out, and it will be made anew.")
+    return ScorePart(ids, torch.from_numpy(np.stack(list(columns.values()))))
