@@ -33,6 +33,7 @@ METHODS = {
     "tracin": TracIn(),
     "influence_kfac": Implicit(KFAC()),
     "influence_ekfac": Implicit(),
+    "influence_time": Implicit(damping="training_time"),
     "source_ekfac": Source(),
     "source_fisher": Source(curvature=Fisher()),
     "blend": Blend(),

@@ -178,3 +178,8 @@ def gpt(steps: int = 48, queries: int = 16) -> Setting:
     make = lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)  # noqa: E731
     model = lambda seed: seeded(seed, TinyGPT)  # noqa: E731
     return Setting("GPT, 2 layers", (rows[: 32 * steps],), (rows[32 * steps :],), NextToken(), model, make, 1, 32)
+
+
+def compared(name: str) -> Setting:
+    """Return a task on which methods of attribution are compared: digits B, MNIST A, or B trained until it converged, Bc."""
+    return {"B": digits, "A": lambda: mnist(queries=200), "Bc": lambda: digits(epochs=100, rate=0.03)}[name]()
