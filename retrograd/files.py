@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from retrograd.errors import CorruptRecord
+from retrograd.errors import CorruptRecord, RecordExists
 
 
 def replace_file(file: Path, write: Callable[[Path], object]) -> None:
@@ -64,6 +64,32 @@ def read_manifest(file: Path, keys: set[str], expected: int, largest: int = 1 <<
     if manifest.pop("digest") != json_digest(manifest):
         raise CorruptRecord(f"{file} was altered: it does not have its own digest.")
     return manifest
+
+
+def begin_folder(folder: Path, name: str, asked: Mapping[str, Any], expected: int, what: str) -> Path:
+    """Make a folder of parts with a manifest of what was asked, or check that it was begun for the same.
+
+    Args:
+        folder: the folder.
+        name: of the manifest in it.
+        asked: plain values that decide the parts.
+        expected: the manifest's format.
+        what: what the parts are of, for the message.
+
+    Raises:
+        RecordExists: it was begun for something else.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / name
+    if not file.is_file():
+        write_manifest(file, {"format": expected, "asked": dict(asked)})
+    found = read_manifest(file, {"format", "asked", "digest"}, expected)["asked"]
+    different = [f"{key}={found.get(key)!r}, asked for {asked[key]!r}" for key in sorted(asked) if found.get(key) != asked[key]]
+    if different:
+        raise RecordExists(
+            f"{folder} holds {what}: it differs in {'; '.join(different)}. Give another folder, or ask the same to continue it."
+        )
+    return folder
 
 
 def write_rows(file: Path, columns: Mapping[str, Any]) -> None:

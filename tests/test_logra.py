@@ -329,11 +329,11 @@ def test_a_part_of_other_examples_is_found(run, small_parts, tmp_path):
 def test_a_store_of_another_run_or_projection_is_refused(run, tmp_path):
     attribute(run, CASE.queries, method=LoGra((3, 2), folder=tmp_path))
     for other in (LoGra((2, 2)), LoGra((3, 2), "random"), LoGra((3, 2), seed=1)):
-        with pytest.raises(RecordExists, match=r"gradients of another run or projection: \w+=.* asked for .*of its own"):
+        with pytest.raises(RecordExists, match=r"gradients of another run or projection: it differs in \w+=.* asked for "):
             attribute(run, CASE.queries, method=replace(other, folder=tmp_path))
-    with pytest.raises(RecordExists, match="another run or projection: run="):
+    with pytest.raises(RecordExists, match="another run or projection: it differs in run="):
         attribute(recorded(seed=1), CASE.queries, method=LoGra((3, 2), folder=tmp_path))
-    with pytest.raises(RecordExists, match="another run or projection: run="):
+    with pytest.raises(RecordExists, match="another run or projection: it differs in run="):
         attribute(run, CASE.queries, method=LoGra((3, 2), folder=tmp_path), keep=0.5, removal="zero_weight")
     (tmp_path / "gradients.json").write_text("{}")
     with pytest.raises(CorruptRecord, match=r"gradients\.json"):

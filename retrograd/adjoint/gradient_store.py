@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrograd.errors import CorruptRecord, NonFinite, RecordExists
-from retrograd.files import read_manifest, replace_file, write_manifest
+from retrograd.errors import CorruptRecord, NonFinite
+from retrograd.files import begin_folder, replace_file
 from retrograd.progress import track
 
 FORMAT = 1
@@ -89,18 +89,7 @@ def begin(folder: Path, asked: Mapping[str, Any]) -> Path:
     Raises:
         RecordExists: it holds other gradients.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "gradients.json"
-    if not file.is_file():
-        write_manifest(file, {"format": FORMAT, "asked": dict(asked)})
-    found = read_manifest(file, {"format", "asked", "digest"}, FORMAT)["asked"]
-    different = [f"{key}={found.get(key)!r}, asked for {value!r}" for key, value in asked.items() if found.get(key) != value]
-    if different:
-        raise RecordExists(
-            f"{folder} holds projected gradients of another run or projection: {'; '.join(different)}. Give each a folder of "
-            "its own."
-        )
-    return folder
+    return begin_folder(folder, "gradients.json", asked, FORMAT, "projected gradients of another run or projection")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:

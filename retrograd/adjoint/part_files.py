@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from retrograd.adjoint.parts import ScorePart
-from retrograd.errors import CorruptRecord, RecordExists
-from retrograd.files import read_columns, read_manifest, write_columns, write_manifest
+from retrograd.errors import CorruptRecord
+from retrograd.files import begin_folder, read_columns, write_columns
 
 FORMAT = 1
 
@@ -27,18 +27,7 @@ def begin(folder: Path, asked: dict[str, Any]) -> Path:
     Raises:
         RecordExists: it holds parts of another call.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "scores.json"
-    if not file.is_file():
-        write_manifest(file, {"format": FORMAT, "asked": asked})
-    found = read_manifest(file, {"format", "asked", "digest"}, FORMAT)["asked"]
-    different = sorted(key for key in asked if found.get(key) != asked[key])
-    if different:
-        raise RecordExists(
-            f"{folder} holds parts of another attribution: it differs in {', '.join(different)}. Give another folder, or ask "
-            "the same to continue it."
-        )
-    return folder
+    return begin_folder(folder, "scores.json", asked, FORMAT, "parts of another attribution")
 
 
 def write_part(file: Path, part: ScorePart) -> None:
