@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from retrograd import (
+    EKFAC,
     Blend,
     CheckpointSeries,
     Classification,
@@ -19,12 +20,14 @@ from retrograd import (
     attribute,
     choose,
     compare,
+    coverage,
     random_subsets,
     retrain,
     shares_by_agreement,
 )
 from retrograd.attribution import choosing
 from retrograd.attribution.choosing import Prices, prices
+from retrograd.curvature import DiagonalBlock, KroneckerBlock
 from retrograd.errors import InputError
 from tests.cases import CASES, RULES
 
@@ -198,3 +201,24 @@ def test_methods_side_by_side(run):
         compare(run, CASE.queries, [TracIn(1), TracIn(1)])
     with pytest.raises(InputError, match="different names"):
         compare(run, CASE.queries, [])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Told before compute
+
+
+def test_coverage_tells_what_a_method_approximates():
+    tied = CASES["tied"].record(RULES["sgd"])
+    exact, source = coverage(tied), coverage(tied, Source())
+    assert (source.trained, source.tied) == (exact.trained, exact.tied)
+    assert not any("Kronecker" in note for note in exact.notes)
+    (note,) = [note for note in source.notes if "Kronecker" in note]
+    layers = EKFAC().fit(tied, [tied.final_state]).blocks
+    kronecker = [block for block in layers if isinstance(block, KroneckerBlock)]
+    share = sum(tied.final_state.params[name].numel() for block in kronecker for name in block.names) / exact.trained
+    assert f"for {len(kronecker)} layers with {share:.0%} of the parameters" in note
+    assert all(block.name in note for block in layers if isinstance(block, DiagonalBlock))
+    normed = CASES["batchnorm"].record(RULES["sgd"])
+    for method, told in ((Unrolled(), False), (TracIn(), True), (Blend(), True)):
+        assert any("evaluation mode" in note for note in coverage(normed, method).notes) is told
+    assert "Kronecker" in attribute(normed, CASES["batchnorm"].queries, method=Implicit()).notes["coverage"]

@@ -103,7 +103,7 @@ def attribute(
     choice = _chosen(run, asked, method, budget, counterfactual)
     method = Unrolled() if method is None else method if choice is None else choice.method
     assert not isinstance(method, str)
-    covered = coverage(run)
+    covered = coverage(run, method)
     _logger.info("%s", covered)
     point = run.matching(counterfactual)
     notes = Notes({"parameters_covered": covered.trained, "parameters_frozen": covered.frozen, "coverage": str(covered)})

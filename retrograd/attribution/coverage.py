@@ -4,8 +4,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from retrograd.adjoint import Adjoint, Blend, Unrolled
+from retrograd.curvature import EKFAC, KFAC
+from retrograd.curvature.layers import find_layers
 from retrograd.trajectory import Run
+from retrograd.trajectory.trajectory import to_device
 
 
 @dataclass(frozen=True)
@@ -47,11 +52,12 @@ class Coverage:
         return "\n".join([*lines, *self.notes])
 
 
-def coverage(run: Run) -> Coverage:
-    """Say what a derivative through ``run`` covers.
+def coverage(run: Run, method: Adjoint | None = None) -> Coverage:
+    """Say what a derivative through ``run`` covers, and what a method approximates of it.
 
     Args:
         run: the recorded run.
+        method: a method of attribution; exact unrolling if not given.
     """
     model = run.update_map.model
     trained = {name for group in run.update_map.groups for name in group}
@@ -67,13 +73,22 @@ def coverage(run: Run) -> Coverage:
         notes.append(f"gradient clipping at norm {run.update_map.clip_norm:g} is part of the derivative")
     if torch.backends.cuda.matmul.allow_tf32:
         notes.append("TF32 is on: replays are not bit for bit")
+    random, coupled = _modules(model, (nn.modules.dropout._DropoutNd, nn.RReLU)), _modules(model, (_BatchNorm,))
+    parts = list(method.methods) if isinstance(method, Blend) else [method or Unrolled()]
+    if (random or coupled) and not all(isinstance(part, Unrolled) for part in parts):
+        notes.append(
+            "approximate methods take losses in evaluation mode: without dropout, and with batch norm's running averages"
+        )
+    kronecker = next((part for part in parts if isinstance(getattr(part, "curvature", None), EKFAC | KFAC)), None)
+    if kronecker is not None:
+        notes.append(_kronecker(run, {name: named[name].numel() for name in trained}))
     return Coverage(
         trained=sum(named[name].numel() for name in trained),
         frozen=sum(leaf.numel() for name, leaf in named.items() if name not in trained),
         tied=tuple(tuple(names) for names in owners.values() if len(names) > 1),
         dtype=", ".join(dtypes),
-        random=_modules(model, (nn.modules.dropout._DropoutNd, nn.RReLU)),
-        coupled=_modules(model, (nn.modules.batchnorm._BatchNorm,)),
+        random=random,
+        coupled=coupled,
         kinks=_modules(model, (nn.ReLU, nn.LeakyReLU, nn.Hardtanh, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)),
         notes=tuple(notes),
     )
@@ -81,3 +96,15 @@ def coverage(run: Run) -> Coverage:
 
 def _modules(model: nn.Module, kinds: tuple[type, ...]) -> tuple[str, ...]:
     return tuple(name or type(module).__name__ for name, module in model.named_modules() if isinstance(module, kinds))
+
+
+def _kronecker(run: Run, sizes: dict[str, int]) -> str:
+    """Say which parameters have Kronecker factors and which have the diagonal alone; looks at three examples."""
+    state, probes = run.state(0), run.examples.ids[:3]
+    batch = to_device(run.examples.batch(probes), next(iter(state.params.values())).device)
+    layers = find_layers(run.update_map, state, batch, len(probes))
+    covered = {name for layer in layers for name in (layer.weight, layer.bias) if name is not None}
+    rest = [name for name in sizes if name not in covered]
+    share = sum(sizes[name] for name in covered) / max(sum(sizes.values()), 1)
+    text = f"curvature: Kronecker factors for {len(layers)} layers with {share:.0%} of the parameters"
+    return text + (f", the exact diagonal for {', '.join(sorted(rest)[:5])}{' …' if len(rest) > 5 else ''}" if rest else "")
