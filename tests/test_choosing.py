@@ -100,6 +100,9 @@ def test_auto_says_what_it_took_and_why(run):
         states = {step: run.state(step).params for step in steps}
         series = CheckpointSeries(CASE.model(), CASE.examples, Classification(), states, learning_rate=0.1)
         assert attribute(series, CASE.queries, method="auto", budget=1e6).method.startswith(chosen)
+    both = attribute([run, CASE.record(RULES["sgd"])], CASE.queries, method="auto", budget=1e6)
+    assert both.method == found.method
+    assert (both.notes["runs"], both.notes["why"].split(" for ")[0]) == (2, "Unrolled")
     for wrong in ({"method": "auto"}, {"budget": 3.0}, {"method": TracIn(), "budget": 3.0}):
         with pytest.raises(InputError, match="needs a budget"):
             attribute(run, CASE.queries, **wrong)

@@ -71,9 +71,11 @@ class Blend:
         yield ScorePart(run.examples.ids, total.to(dtype))
 
 
-def unrolls(method: Adjoint) -> bool:
-    """Whether a method differentiates the steps themselves, so that roughness of the run makes its scores useless."""
-    return isinstance(method, Unrolled) or (isinstance(method, Blend) and any(unrolls(own) for own in method.methods))
+def needs_smoothness(method: Adjoint) -> bool:
+    """Whether a method takes exact derivatives of the steps, of which a rough run makes nothing."""
+    if isinstance(method, Blend):
+        return any(needs_smoothness(own) for own in method.methods)
+    return isinstance(method, Unrolled) and method.curvature == "hessian"
 
 
 def _spread(values: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Engine:
         tokens: split each example's score over its positions; the task must have ``token_losses``.
         folder: where finished parts are kept and looked for.
         prefix: of the names of parts.
+        reuse: keep fitted operators, for further slices of queries.
         notes: stored with the scores.
     """
 
@@ -60,6 +61,7 @@ class Engine:
     tokens: bool = False
     folder: Path | None = None
     prefix: str = "part"
+    reuse: bool = True
     notes: Notes = field(default_factory=Notes)
     _made: dict[Any, Any] = field(default_factory=dict)
 
@@ -96,6 +98,8 @@ class Engine:
 
     def once(self, key: Any, make: Callable[[], Made]) -> Made:
         """Make an operator or whatever else, or return what was made under this key before: slices of queries share it."""
+        if not self.reuse:
+            return make()
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]

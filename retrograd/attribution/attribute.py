@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from retrograd.adjoint import Adjoint, Blend, Engine, Notes, Queries, ScorePart, Unrolled
-from retrograd.adjoint.blend import unrolls
+from retrograd.adjoint.blend import needs_smoothness
 from retrograd.adjoint.contraction import MEMORY
 from retrograd.adjoint.part_files import begin, read_part, write_part
 from retrograd.attribution.blending import blended
@@ -70,7 +71,7 @@ def attribute(
         folder: where finished parts are kept. A killed call with the same arguments goes on there after the last whole part;
             only fits of curvatures are made again.
         check_roughness: measure, by three more trainings, whether derivatives of this run can be trusted, and warn if not. If
-            not given, only for methods that differentiate the steps themselves.
+            not given, only for methods that take exact derivatives of the steps.
 
     Returns:
         Scores ``[query, example]`` with the ids of both.
@@ -98,8 +99,7 @@ def attribute(
         return _ensemble(run, queries, method, None if folder is None else Path(folder), given)
     began = time.process_time()
     asked = queries if isinstance(queries, Queries) else Queries(queries)
-    matched = keep is None and run.counterfactual.keep != 1.0
-    counterfactual = run.counterfactual if matched else Counterfactual(1.0 if keep is None else keep, removal, seeds)
+    counterfactual = _asked_for(run, keep, removal, seeds)
     choice = _chosen(run, asked, method, budget, counterfactual)
     method = Unrolled() if method is None else method if choice is None else choice.method
     assert not isinstance(method, str)
@@ -107,7 +107,7 @@ def attribute(
     _logger.info("%s", covered)
     point = run.matching(counterfactual)
     notes = Notes({"parameters_covered": covered.trained, "parameters_frozen": covered.frozen, "coverage": str(covered)})
-    check_roughness = unrolls(method) if check_roughness is None else check_roughness
+    check_roughness = needs_smoothness(method) if check_roughness is None else check_roughness
     if choice is not None:
         notes.add(why=choice.why, more=choice.more, expected_epochs=choice.epochs)
     if check_roughness and isinstance(point, Trajectory) and len(point):
@@ -122,8 +122,9 @@ def attribute(
             raise InputError("scores by token are not kept in part files; leave out tokens or folder.")
         plan = {"query_batch": query_batch, "memory": memory, "rank": rank, "method": repr(method), "run": point.digest}
         engine.folder = begin(Path(folder), plan | {"queries": asked.examples.root(), "of": asked.of, "mean": asked.mean})
-    numbered = enumerate(asked.slices(query_batch))
-    slices = [_summed(method, point, own, engine.under(f"{number:04d}")) for number, own in numbered]
+    parts = asked.slices(query_batch)
+    engine.reuse = len(parts) > 1
+    slices = [_summed(method, point, own, engine.under(f"{number:04d}")) for number, own in enumerate(parts)]
     values = torch.cat([own.values for own in slices])
     by_token = torch.cat([own.tokens for own in slices if own.tokens is not None]) if tokens else None
     if isinstance(point, Trajectory):
@@ -143,6 +144,13 @@ def attribute(
     )
 
 
+def _asked_for(run: Run, keep: float | None, removal: Removal, seeds: Seeds) -> Counterfactual:
+    """The counterfactual that is meant; a run that was recorded for one answers for that, if nothing is said."""
+    if keep is None and run.counterfactual.keep != 1.0:
+        return run.counterfactual
+    return Counterfactual(1.0 if keep is None else keep, removal, seeds)
+
+
 def _chosen(
     run: Run, asked: Queries, method: Adjoint | str | None, budget: float | None, counterfactual: Counterfactual
 ) -> Choice | None:
@@ -157,6 +165,13 @@ def _ensemble(runs: Sequence[Run], queries: Any, method: Adjoint | Any, folder: 
     """Average over runs; a blend without shares finds them by how the runs agree."""
     if not runs:
         raise InputError("there is no run to attribute.")
+    if method == "auto":  # once for all runs: clocks differ
+        asked = queries if isinstance(queries, Queries) else Queries(queries)
+        counterfactual = _asked_for(runs[0], given["keep"], given["removal"], given["seeds"])
+        choice = _chosen(runs[0], asked, method, given["budget"], counterfactual)
+        assert choice is not None
+        scores = _ensemble(runs, asked, choice.method, folder, given | {"budget": None})
+        return replace(scores, notes={**scores.notes, "why": choice.why, "more": choice.more})
     folders = [None if folder is None else folder / f"run-{number}" for number in range(len(runs))]
     if not isinstance(method, Blend) or method.shares is not None or len(runs) < 2:
         each = zip(runs, folders, strict=True)
