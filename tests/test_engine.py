@@ -255,7 +255,7 @@ def test_peak_memory_keeps_within_the_bound(memory):
     code = PEAK.replace("MEMORY", str(memory))
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     grown, told = map(int, printed.split())
-    assert grown < 1.1 * memory
+    assert grown < 1.2 * memory
     assert told == grown
 
 

@@ -124,3 +124,41 @@ def test_nothing_but_the_question_matters(run, name):
     turned = tuple(column.flip(0) for column in CASE.queries)
     flipped = attribute(run, turned, method=method, check_roughness=False)
     assert_same(type(flipped)(flipped.values.flip(0), flipped.example_ids, flipped.query_ids, ""), expected)
+
+
+class Masked(nn.Module):
+    """Averages over the places whose last feature is 1."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 3)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mask = inputs[..., 3:]
+        return self.last((torch.tanh(self.first(inputs[..., :3])) * mask).sum(1) / mask.sum(1))
+
+
+def masked(padding: int):
+    """Sequences of three places, and so many more that the model does not look at; and queries."""
+    draw = torch.Generator().manual_seed(7)
+    inputs, labels = torch.randn(13, 3, 4, generator=draw, dtype=torch.float64), torch.arange(13) % 3
+    inputs[..., 3] = 1
+    rest = torch.randn(13, padding, 4, generator=draw, dtype=torch.float64)
+    rest[..., 3] = 0
+    inputs = torch.cat([inputs, rest], dim=1)
+    torch.manual_seed(0)
+    run = record(
+        Masked().double(),
+        (inputs[:9], labels[:9]),
+        Classification(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.2, momentum=0.7),
+        order=torch.stack([torch.arange(start, start + 3) for start in (0, 3, 6, 3, 0, 6)]),
+    )
+    return run, (inputs[9:], labels[9:])
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("nystrom", "tracin last layer")])
+def test_padding_does_not_matter(name):
+    (short, asked), (long, padded) = masked(0), masked(5)
+    expected = attribute(short, asked, method=METHODS[name], check_roughness=False)
+    assert_same(attribute(long, padded, method=METHODS[name], check_roughness=False), expected)
