@@ -1,17 +1,18 @@
 """The contraction engine of approximate adjoints: costates at checkpoints × gradients of the training examples there.
 
-    part[q, i] = −exposure_i · ⟨v_q, ∇ℓ_i(θ_c)⟩
+    part[q, i] = −exposure_i · ⟨v_q, ḡ_i⟩,    ḡ_i = mean over some checkpoints c of ∇ℓ_i(θ_c)
 
-v_q         one vector for each query, of the shape of the parameters (a `Probe` brings it with its checkpoint);
+v_q         one vector for each query, of the shape of the parameters (a `Probe` brings it with its checkpoints);
 θ_c         the parameters at checkpoint c; losses are taken in evaluation mode;
-exposure    how much of example i went in around c.
+exposure    how much of example i went in around these checkpoints.
 
 A method says *what*: which vectors at which checkpoints. The engine knows *how*: one pass over the examples per checkpoint for
 all queries, in batches that keep within a bound of memory; with every parameter covered, because the gradients are those of
 the loss itself; on a few directions instead of all queries (``rank``); token by token (``tokens``, by forward-mode derivatives
 of the losses of tokens along v_q); and in part files that are not made twice (``folder``).
 
-Cost: a pass over the examples a checkpoint, and a matrix product [query, P] × [P, example]. Memory: see `Engine.batch_size`.
+Cost: a pass over the examples a checkpoint, and a matrix product [query, P] × [P, example] a probe. Memory: see
+`Engine.batch_size`.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -83,16 +84,19 @@ class Engine:
         return max(1, self.memory // 2 // each)
 
     def batch_size(self, probe: Probe) -> int:
-        """Return how many examples' gradients, with a flat copy, fit into what the probe's vectors leave of the memory."""
+        """Return how many examples' gradients fit into what the probe's vectors leave of the memory.
+
+        Each has a flat copy, and one more where several checkpoints are averaged.
+        """
         queries = len(next(iter(probe.vectors.values())))
         each = _bytes(probe.vectors) // max(queries, 1)
-        left = self.memory - _COPIES * each * queries
-        if left < 2 * each:
+        left, copies = self.memory - _COPIES * each * queries, 2 if len(probe.states) == 1 else 3
+        if left < copies * each:
             raise InputError(
                 f"memory={self.memory} holds not even one example's gradient beside the vectors of {queries} queries, "
                 f"{each} bytes each. Give more memory, or a smaller query_batch."
             )
-        return min(left // (2 * each), _LARGEST_BATCH)
+        return min(left // (copies * each), _LARGEST_BATCH)
 
     # ------------------------------------------------------------------ what methods call
 
@@ -124,7 +128,7 @@ class Engine:
                     part = products(own, exposure)
                     if not torch.isfinite(part.values).all():
                         bad = int(own[int(torch.isfinite(part.values).all(0).logical_not().nonzero()[0])])
-                        raise NonFinite(f"the score of example {bad} at step {probe.state.step} is not finite.")
+                        raise NonFinite(f"the score of example {bad} at step {probe.states[-1].step} is not finite.")
                     if file is not None:
                         write_part(file, part)
                 yield part
@@ -133,7 +137,7 @@ class Engine:
 
     def _products(self, run: Run, probe: Probe) -> Callable[[Tensor, Tensor], ScorePart]:
         """Return the function from (ids, exposure) to their part."""
-        point = {name: leaf for name, leaf in probe.state.params.items() if name in probe.vectors}
+        point = {name: leaf for name, leaf in probe.states[0].params.items() if name in probe.vectors}
         vectors = {name: probe.vectors[name] for name in point}
         mixing = None
         if self.rank is not None:
@@ -141,13 +145,16 @@ class Engine:
             vectors = unflatten(basis, point)
             self.notes.add(rank=self.rank, energy_lost=max(lost, self.notes.entries.get("energy_lost", 0.0)))
         if self.tokens:
-            return _TokenProducts(run, probe.state, vectors, mixing)
+            return _TokenProducts(run, probe.states, vectors, mixing)
         matrix = flatten(vectors.values(), batched=True)
 
         def products(ids: Tensor, exposure: Tensor) -> ScorePart:
             batch = to_device(run.examples.batch(ids), matrix.device)
-            found = loss_gradients(run.update_map, probe.state, batch, len(ids), tuple(vectors))
-            gradients = flatten(found.values(), batched=True)
+            at = lambda state: loss_gradients(run.update_map, state, batch, len(ids), tuple(vectors))  # noqa: E731
+            gradients = flatten(at(probe.states[0]).values(), batched=True)
+            for state in probe.states[1:]:
+                gradients += flatten(at(state).values(), batched=True)
+            gradients /= len(probe.states)
             if probe.cosine:
                 gradients = gradients / gradients.norm(dim=1, keepdim=True)
             values = matrix @ gradients.T
@@ -162,7 +169,7 @@ class _TokenProducts:
     """−exposure_i · ⟨v_q, ∇ℓ_it⟩ for every position t: the derivative of the tokens' losses along v_q."""
 
     run: Run
-    state: TrainingState
+    states: tuple[TrainingState, ...]
     vectors: Params
     mixing: Tensor | None
 
@@ -174,9 +181,16 @@ class _TokenProducts:
                 f"{type(task).__name__} has no token_losses(model, batch), which scores by token need: the loss of each "
                 "position, [batch, position], whose sum over positions is the example's loss (see retrograd.task.TokenTask)."
             )
-        state, bound = self.state, BoundModel(update_map.model)
-        point = {name: state.params[name] for name in self.vectors}
-        batch = to_device(self.run.examples.batch(ids), next(iter(state.params.values())).device)
+        batch = to_device(self.run.examples.batch(ids), next(iter(self.vectors.values())).device)
+        values = torch.stack([self._along(task, state, batch) for state in self.states]).mean(0)
+        values = values if self.mixing is None else torch.einsum("qr,rit->qit", self.mixing, values)
+        values = -exposure.to(values)[:, None] * values
+        return ScorePart(ids, values.sum(2), values)
+
+    def _along(self, task: TokenTask, state: TrainingState, batch: Any) -> Tensor:
+        """⟨v_q, ∇ℓ_it⟩ at one state, ``[query, example, position]``."""
+        update_map = self.run.update_map
+        bound, point = BoundModel(update_map.model), {name: state.params[name] for name in self.vectors}
 
         def losses(params: Params) -> Tensor:
             return bound(task.token_losses, {**state.params, **params, **state.buffers}, batch)
@@ -191,10 +205,7 @@ class _TokenProducts:
                         f"{whole[:3].tolist()}."
                     )
             along = lambda vector: torch.func.jvp(losses, (point,), (vector,))[1]  # noqa: E731
-            values = torch.func.vmap(along, chunk_size=_TANGENTS)(self.vectors)
-        values = values if self.mixing is None else torch.einsum("qr,rit->qit", self.mixing, values)
-        values = -exposure.to(values)[:, None] * values
-        return ScorePart(ids, values.sum(2), values)
+            return torch.func.vmap(along, chunk_size=_TANGENTS)(self.vectors)
 
 
 def _bytes(params: Params) -> int:

@@ -82,4 +82,4 @@ class Implicit:
         system = System(run, state, self.curvature, self.damping, self.seed, engine)
         inside = self.solver.solve(system, times(queries.gradients(run, state).params, system.scale))
         trained_on = (run.exposure([len(run)])[0] > 0).double()
-        yield Probe(state, times(inside, system.scale), trained_on / trained_on.sum())
+        yield Probe((state,), times(inside, system.scale), trained_on / trained_on.sum())

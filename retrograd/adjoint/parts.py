@@ -27,18 +27,18 @@ class ScorePart:
 
 @dataclass(frozen=True)
 class Probe:
-    """Costates at a checkpoint, to be contracted with the examples' gradients there.
+    """Costates at one or more checkpoints, to be contracted with the examples' gradients there.
 
-        part[q, i] = −exposure_i · ⟨vectors_q, ∇ℓ_i(θ)⟩
+        part[q, i] = −exposure_i · ⟨vectors_q, ḡ_i⟩,    ḡ_i = mean over the checkpoints of ∇ℓ_i(θ_c)
 
     Attributes:
-        state: θ; losses are taken in evaluation mode.
+        states: θ_c; losses are taken in evaluation mode.
         vectors: a leading axis ``query`` on every leaf.
         exposure: how much of each example went in, in the order of the run's ids; examples with 0 are not looked at.
-        cosine: divide by the norm of ∇ℓ_i.
+        cosine: divide by the norm of ḡ_i.
     """
 
-    state: TrainingState
+    states: tuple[TrainingState, ...]
     vectors: Params
     exposure: Float[Tensor, " example"]
     cosine: bool = False

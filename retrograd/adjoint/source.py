@@ -103,8 +103,7 @@ class Source:
         segments = self._segments(run)
         steps = ", ".join(str(step) for segment in segments for step in segment.steps)
         engine.notes.add(checkpoints=steps, exact=False)
-        each = 1 if self.fast else self.checkpoints_per_segment
-        yield from engine.contract(run, self._probes(run, queries, segments, engine), len(segments) * each)
+        yield from engine.contract(run, self._probes(run, queries, segments, engine), len(segments))
 
     def _probes(self, run: Run, queries: Queries, segments: "list[Segment]", engine: Engine) -> Iterator[Probe]:
         costates = queries.gradients(run, run.final_state).params
@@ -121,9 +120,7 @@ class Source:
             inside = times(costates, scale)
             put_in = operator.apply(lambda found, _: flow.put_in(run.mean_weight * found + decay), inside)  # noqa: B023
             kept = operator.apply(lambda found, _: flow.kept(run.mean_weight * found + decay), inside)  # noqa: B023
-            vectors, share = times(put_in, scale), segment.share(run) / len(at)
-            for state in at:
-                yield Probe(state, vectors, share)
+            yield Probe(tuple(at), times(put_in, scale), segment.share(run))
             costates = kept if scale is None else map_params(torch.div, kept, scale)
 
     def _flow(self, run: Run, segment: "Segment", size: float) -> Flow:

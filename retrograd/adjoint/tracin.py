@@ -125,7 +125,7 @@ class TracIn:
                 like = {name: state.params[name] for name in names}
                 projection = projection or Projection(count(like), self.projection, self.seed)
                 vectors = unflatten(projection.up(projection.down(flatten(vectors.values(), batched=True))), like)
-            yield Probe(state, vectors, own, self.cosine)
+            yield Probe((state,), vectors, own, self.cosine)
 
     def _preconditioned(self, run: Run, state: TrainingState, gradients: Params) -> Params:
         """Multiply the queries' gradients by the step size per unit of learning rate."""

@@ -132,7 +132,7 @@ def prices(run: Run, queries: Queries) -> Prices:
     exposure = torch.zeros(len(examples), dtype=torch.float64)
     exposure[: min(len(examples), 256)] = 1.0
     vectors = {name: leaf[:1].expand(len(queries), *leaf.shape[1:]).contiguous() for name, leaf in gradients.params.items()}
-    probe = Probe(start, vectors, exposure)
+    probe = Probe((start,), vectors, exposure)
     whole = _timed(lambda: list(Engine().contract(run, iter([probe]), 1))) / exposure.sum().item()
     return Prices(training, sweep, whole / (step / batch))
 
