@@ -157,23 +157,32 @@ class Classification:
         return true if self.measurement == "log_probability" else -true
 
     def sampled(self, model: nn.Module, batch: Any, noise: Noise) -> Any:
-        """Draw labels y from the model's probabilities p.
+        """Draw a class k for each example, and give it the weight that makes the second moment of ∇ℓ right.
 
-        The Gauss-Newton matrix of the logits, diag(p) − p pᵀ, knows no smoothing, but p − target has that second moment only
-        for target = onehot(y). Smoothing by s makes (1 − s) t + s/K of given probabilities t; t = (onehot(y) − s/K) / (1 − s)
-        undoes it.
+        The Gauss-Newton matrix of the logits is Σ_k p_k (p − e_k)(p − e_k)ᵀ. Drawn from p itself, as is usual, k is nearly
+        always the class that the model is sure of, and the few draws of another carry all of the curvature: of 1,200 digits
+        that a network has learnt, three. Drawn from q_k ∝ p_k ‖p − e_k‖, with the target √(p_k/q_k) e_k, the expectation is
+        the same and the weights are the most even: the sure class and any other come up about equally often.
+
+        Smoothing by s makes (1 − s) t + s/K of given targets t; t = (target − s/K) / (1 − s) undoes it.
         """
-        inputs = batch[0]
-        outputs = model(inputs).detach()
-        sums = outputs.double().softmax(dim=-1).cumsum(dim=-1)
-        points = noise.uniform(1).to(sums.device) * sums[:, -1:]
-        labels = torch.searchsorted(sums, points)[:, 0].clamp(max=sums.shape[1] - 1)
-        if self.label_smoothing == 0:
-            return inputs, labels
         if self.label_smoothing >= 1:
             raise InputError("label_smoothing=1 leaves no label in the loss; curvature needs label_smoothing below 1.")
-        onehot = F.one_hot(labels, sums.shape[1]).to(outputs)
-        return inputs, (onehot - self.label_smoothing / sums.shape[1]) / (1 - self.label_smoothing)
+        inputs = batch[0]
+        outputs = model(inputs).detach()
+        probabilities = outputs.double().softmax(dim=-1)
+        squares = probabilities.square()
+        norms = (squares.sum(-1, keepdim=True) - squares + (1 - probabilities).square()).clamp(min=0).sqrt()
+        chances = probabilities * norms
+        sure = chances.sum(-1, keepdim=True) == 0  # to the last digit
+        chances = torch.where(sure, probabilities, chances)
+        sums = chances.cumsum(dim=-1)
+        points = noise.uniform(1).to(sums.device) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, points).clamp(max=sums.shape[1] - 1)
+        weights = (probabilities.gather(1, drawn) / chances.gather(1, drawn) * sums[:, -1:]).sqrt()
+        targets = torch.zeros_like(probabilities).scatter_(1, drawn, weights)
+        smoothing = self.label_smoothing
+        return inputs, ((targets - smoothing / sums.shape[1]) / (1 - smoothing)).to(outputs)
 
 
 @dataclass(frozen=True)

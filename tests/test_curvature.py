@@ -384,17 +384,39 @@ def test_noise_belongs_to_the_example():
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_labels_follow_the_model_and_smoothing_is_undone(smoothing):
+def test_drawn_classes_have_the_second_moment_of_the_model(smoothing):
     task = Classification(label_smoothing=smoothing)
     assert isinstance(task, Samples)
     logits = torch.tensor([[0.0, 1.0, -2.0]], dtype=torch.float64).expand(20_000, 3).clone().requires_grad_()
     labels = torch.zeros(20_000, dtype=torch.int64)
     batch = task.sampled(nn.Identity(), (logits, labels), Noise(torch.arange(20_000), 0))
     (grads,) = torch.autograd.grad(task.losses(nn.Identity(), batch).sum(), logits)
-    onehot = logits.softmax(1) - grads
-    assert torch.allclose(onehot, onehot.round(), atol=1e-12)
-    assert torch.allclose(onehot.sum(1), torch.ones(20_000, dtype=torch.float64))
-    assert (onehot.mean(0) - logits[0].softmax(0)).abs().max() < 0.01
+    p = logits[0].softmax(0)
+    units = torch.eye(3, dtype=torch.float64)
+    # each is w_k (p − e_k), with the same w_k whenever k is drawn, and √q_k w_k = √p_k
+    seen = grads.unique(dim=0)
+    assert len(seen) == 3
+    for row in seen:
+        k = int(row.argmin())
+        weight = -row[k] / (1 - p[k])
+        assert torch.allclose(row, weight * (p - units[k]), atol=1e-12)
+        share = (grads - row).abs().max(1).values.lt(1e-9).double().mean()
+        assert abs(share * weight**2 - p[k]) < 0.02
+    assert (grads.T @ grads / 20_000 - (p.diag() - torch.outer(p, p))).abs().max() < 0.01
+
+
+def test_a_model_that_is_sure_is_drawn_from_evenly():
+    """Of 500 examples with 1 − p = 1e-4 drawing from p would mostly show nothing at all."""
+    logits = torch.tensor([[10.0, 0.0, 0.0]], dtype=torch.float64).expand(500, 3).clone().requires_grad_()
+    batch = Classification().sampled(nn.Identity(), (logits, None), Noise(torch.arange(500), 0))
+    (grads,) = torch.autograd.grad(Classification().losses(nn.Identity(), batch).sum(), logits)
+    p = logits[0].softmax(0)
+    squares = grads.square().sum(1)
+    assert squares.sum() / 500 == pytest.approx((1 - p.square().sum()).item(), rel=0.1)
+    assert squares.max() < 10 * squares.mean()
+    certain = torch.tensor([[1e4, 0.0]], dtype=torch.float64)  # p is 1 to the last digit
+    targets = Classification().sampled(nn.Identity(), (certain, None), Noise(torch.arange(1), 0))[1]
+    assert targets.tolist() == [[1.0, 0.0]]
 
 
 @dataclass(frozen=True)
