@@ -1,6 +1,7 @@
 """A method for a budget, shares of a blend by agreement of runs, and methods side by side."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from retrograd import (
     shares_by_agreement,
 )
 from retrograd.attribution import choosing
+from retrograd.attribution.blending import blended
 from retrograd.attribution.choosing import Prices, prices
 from retrograd.curvature import DiagonalBlock, KroneckerBlock
 from retrograd.errors import InputError
@@ -155,6 +157,16 @@ def test_a_blend_of_runs_finds_its_shares(run):
     assert found.trajectory_digest == ",".join(one.digest for one in runs)
     fixed = attribute(runs, CASE.queries, method=Blend(methods, (0.5, 0.5)))
     assert "shares" not in fixed.notes
+
+
+def test_rough_runs_get_equal_shares(run):
+    runs = [run, CASE.record(RULES["nesterov"])]
+    tamed = attribute(runs, CASE.queries, method=Blend((Unrolled(curvature="gauss_newton"), Source(2, 1))))
+    assert (tamed.notes["shares"], tamed.notes["expected_correlation"]) == ("0.500, 0.500", None)
+    _, scores = noisy(2, noise=1.0, bias=0.2, count=500)
+    smooth = blended(scores, "some").notes["shares"]
+    rough = [[replace(own, notes={"amplification": 6.0}) for own in scores[0]], scores[1]]
+    assert blended(rough, "some").notes["shares"] == "0.500, 0.500" != smooth
 
 
 def test_runs_that_say_nothing_about_each_other():

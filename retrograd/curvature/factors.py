@@ -165,7 +165,18 @@ def _decomposed(sums: list[_Sums], count: float) -> Basis:
     outputs = sum(own.outputs for own in sums) / (count * len(sums))
     assert isinstance(inputs, Tensor)
     assert isinstance(outputs, Tensor)
-    in_values, in_basis = torch.linalg.eigh(inputs)
-    out_values, out_basis = torch.linalg.eigh(outputs)
+    in_values, in_basis = _eigh(inputs)
+    out_values, out_basis = _eigh(outputs)
     # Zero eigenvalues come out as ± rounding.
     return Basis(out_basis, out_values.clamp(min=0), in_basis, in_values.clamp(min=0))
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors; rows of zeros (pixels that are never lit) are left out of the cubic cost."""
+    live = matrix.diagonal() > 0
+    if live.all():
+        return torch.linalg.eigh(matrix)
+    values, basis = torch.zeros_like(matrix[0]), torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    place = live.nonzero()[:, 0]
+    values[place], basis[place[:, None], place] = torch.linalg.eigh(matrix[place[:, None], place])
+    return values, basis
