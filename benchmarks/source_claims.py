@@ -25,6 +25,7 @@ from retrograd import (
     Blend,
     Comparison,
     Counterfactual,
+    Fisher,
     Implicit,
     Regression,
     Retrained,
@@ -144,6 +145,7 @@ def stages(quick: bool) -> dict[str, float]:
         Counterfactual(0.5, "zero_weight", "fresh"),
     )
     methods = METHODS | {"source": Source(segments=(2, 2), stages=(boundary,)), "source, one stage": Source(segments=4)}
+    methods |= {"source, full Fisher": Source(segments=(2, 2), stages=(boundary,), curvature=Fisher())}
     methods |= {"blend": Blend((Unrolled(), methods["source"]))}
     figures = told("stages", "at_run", compare(run, asked, methods, retrained=truth, keep=1.0, check_roughness=False))
     weights = torch.ones(1200, dtype=torch.float64)
