@@ -164,9 +164,11 @@ def test_rough_runs_get_equal_shares(run):
     tamed = attribute(runs, CASE.queries, method=Blend((Unrolled(curvature="gauss_newton"), Source(2, 1))))
     assert (tamed.notes["shares"], tamed.notes["expected_correlation"]) == ("0.500, 0.500", None)
     _, scores = noisy(2, noise=1.0, bias=0.2, count=500)
-    smooth = blended(scores, "some").notes["shares"]
-    rough = [[replace(own, notes={"amplification": 6.0}) for own in scores[0]], scores[1]]
-    assert blended(rough, "some").notes["shares"] == "0.500, 0.500" != smooth
+    measured = lambda **notes: [[replace(own, notes=notes) for own in scores[0]], scores[1]]  # noqa: E731
+    smooth = blended(measured(curvature="hessian", amplification=1.0), "some").notes["shares"]
+    assert smooth != "0.500, 0.500"
+    for given in (measured(curvature="hessian", amplification=6.0), measured(curvature="hessian"), scores):
+        assert blended(given, "some").notes["shares"] == "0.500, 0.500"
 
 
 def test_runs_that_say_nothing_about_each_other():

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from retrograd import Classification, Implicit, Queries, Source, TracIn, Unrolled, attribute, record
+from retrograd import Blend, Classification, Implicit, Queries, Source, TracIn, Unrolled, attribute, record
 from retrograd.adjoint import Engine
 from retrograd.errors import CorruptRecord, InputError, RecordExists
 from retrograd.trajectory import UpdateMap
@@ -152,6 +152,8 @@ def test_tokens_that_cannot_be(run, tmp_path):
     own, queries = language(NextToken())
     with pytest.raises(InputError, match="gives no scores by token"):
         attribute(own, queries, method=Unrolled(), tokens=True, check_roughness=False)
+    with pytest.raises(InputError, match="a blend gives no scores by token"):
+        attribute(own, queries, method=Blend(), tokens=True, check_roughness=False)
     with pytest.raises(InputError, match="not kept in part files"):
         attribute(own, queries, method=TracIn(1), tokens=True, folder=tmp_path)
     wrong, queries = language(Mistaken())
@@ -208,6 +210,10 @@ def test_finished_slices_of_every_method_are_kept(run, tmp_path, method):
     (tmp_path / "part-0001.parquet").unlink()
     again = attribute(run, CASE.queries, method=method, query_batch=3, check_roughness=False, folder=tmp_path)
     assert torch.equal(again.values, whole.values)
+    read = attribute(run, CASE.queries, method=method, query_batch=3, check_roughness=False, folder=tmp_path)
+    of_this_call = {"seconds", "peak_memory", "replay_drift", "route"}
+    assert read.notes.keys() == whole.notes.keys()
+    assert all(read.notes[key] == whole.notes[key] for key in whole.notes.keys() - of_this_call)
 
 
 def test_several_runs_have_a_folder_each(run, tmp_path):
@@ -235,7 +241,7 @@ def test_another_call_or_an_altered_part_is_refused(run, tmp_path):
 PEAK = """
 import torch, resource
 from torch import nn
-from retrograd import Classification, TracIn, attribute, record
+from retrograd import Blend, Classification, TracIn, attribute, record
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(500, 500), nn.ReLU(), nn.Linear(500, 10))
 data = (torch.randn(2000, 500), torch.randint(0, 10, (2000,)))

@@ -56,6 +56,8 @@ class Blend:
 
     def parts(self, run: Run, queries: Queries, engine: Engine, /) -> Iterator[ScorePart]:
         """Yield all scores at once: their spread is known only when all are there."""
+        if engine.tokens:
+            raise InputError("a blend gives no scores by token; ask its methods one by one (Source, Implicit, TracIn).")
         shares = self.shares or [1 / len(self.methods)] * len(self.methods)
         total, scale = None, None
         for number, (method, share) in enumerate(zip(self.methods, shares, strict=True)):

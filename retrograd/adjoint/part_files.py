@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from retrograd.adjoint.parts import ScorePart
+from retrograd.adjoint.parts import Notes, ScorePart
 from retrograd.errors import CorruptRecord
 from retrograd.files import begin_folder, read_columns, write_columns
 
@@ -30,22 +30,28 @@ def begin(folder: Path, asked: dict[str, Any]) -> Path:
     return begin_folder(folder, "scores.json", asked, FORMAT, "parts of another attribution")
 
 
-def write_part(file: Path, part: ScorePart) -> None:
-    """Write a part's ids and values."""
+def write_part(file: Path, part: ScorePart, notes: Notes | None = None) -> None:
+    """Write a part's ids and values, and what was noted by then."""
     columns = {"example_id": part.example_ids.numpy()}
     values = part.values.cpu().float() if part.values.dtype == torch.bfloat16 else part.values.cpu()
-    write_columns(file, columns | {f"query_{row}": column.numpy() for row, column in enumerate(values)}, {})
+    write_columns(
+        file,
+        columns | {f"query_{row}": column.numpy() for row, column in enumerate(values)},
+        {} if notes is None else notes.entries,
+    )
 
 
-def read_part(file: Path, ids: Tensor) -> ScorePart | None:
-    """Read the part of these examples, or return None if it is not there.
+def read_part(file: Path, ids: Tensor, notes: Notes | None = None) -> ScorePart | None:
+    """Read the part of these examples, and add to ``notes`` what was noted; None if it is not there.
 
     Raises:
         CorruptRecord: the file is torn, altered, or of other examples.
     """
     if not file.is_file():
         return None
-    columns, _ = read_columns(file)
+    columns, about = read_columns(file)
     if not np.array_equal(columns.pop("example_id"), ids.numpy()):
         raise CorruptRecord(f"{file} holds other examples than this part has. Take it out, and it will be made anew.")
+    if notes is not None:
+        notes.add(**about)
     return ScorePart(ids, torch.from_numpy(np.stack(list(columns.values()))))

@@ -220,10 +220,12 @@ def self_influence(
 def _summed(method: Adjoint, run: Run, queries: Queries, engine: Engine) -> ScorePart:
     """Add up all parts; a finished sum is kept in the engine's folder."""
     file = None if engine.folder is None else engine.folder / f"{engine.prefix}.parquet"
-    if file is not None and (found := read_part(file, run.examples.ids)) is not None:
+    if file is not None and (found := read_part(file, run.examples.ids, engine.notes)) is not None:
         return found
     values, tokens = None, None
     for part in method.parts(run, queries, engine):
+        if engine.tokens and part.tokens is None:  # at the first part: nothing long was computed in vain
+            raise InputError(f"{method!r} gives no scores by token; use Source, Implicit or TracIn.")
         rows, own = run.examples.rows(part.example_ids), part.values.cpu()
         if values is None:
             values = own.new_zeros(len(queries), len(run.examples))
@@ -237,10 +239,8 @@ def _summed(method: Adjoint, run: Run, queries: Queries, engine: Engine) -> Scor
                     "Pad them to one length."
                 )
             tokens.index_add_(1, rows, part.tokens.cpu())
-    if engine.tokens and tokens is None:
-        raise InputError(f"{method!r} gives no scores by token; use an approximate method (Source, Implicit, TracIn).")
     values = torch.zeros(len(queries), len(run.examples)) if values is None else values
     whole = ScorePart(run.examples.ids, values, tokens)
     if file is not None:
-        write_part(file, whole)
+        write_part(file, whole, engine.notes)
     return whole

@@ -20,6 +20,7 @@ exact derivatives of a rough run: on converged digits agreement gave SOURCE .11 
 nothing beside the scores. Source: ours; the idea is that of instrumental variables.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -91,7 +92,7 @@ def shares_by_agreement(scores: Sequence[Sequence[Scores]], runs: int | None = N
 def blended(scores: Sequence[Sequence[Scores]], name: str) -> Scores:
     """Average ``scores[method][run]`` over runs and blend them by their agreement, in the unit and at the spread of the first.
 
-    The shares and what they promise are in the notes. Equal shares where a run is rough.
+    The shares and what they promise are in the notes. Equal shares where a run is rough, or its roughness was not measured.
     """
     equal = Shares((1 / len(scores),) * len(scores), ())
     found = shares_by_agreement(scores) if all(_smooth(own) for own in scores[0]) else equal
@@ -111,8 +112,8 @@ def blended(scores: Sequence[Sequence[Scores]], name: str) -> Scores:
 
 
 def _smooth(scores: Scores) -> bool:
-    """Whether the first method's scores are derivatives that mean what they say."""
-    return scores.notes.get("curvature") != "gauss_newton" and scores.notes.get("amplification", 1.0) <= TAMED_FROM
+    """Whether scores were measured to be exact derivatives of a smooth run; not measured is not known."""
+    return scores.notes.get("curvature") == "hessian" and scores.notes.get("amplification", math.inf) <= TAMED_FROM
 
 
 def _spread(values: Tensor) -> Tensor:
