@@ -71,9 +71,8 @@ def modules_after_import() -> tuple[set[str], set[str]]:
     return set(before.split()), set(after.split())
 
 
-def test_import_takes_no_more_than_torch_and_a_moment():
-    # Processor time, not the clock, so that a busy machine does not matter; the least of three, taken in turn.
-    code = "import time; start = time.process_time(); import {}; print(time.process_time() - start)"
-    times = [(float(run(code.format("torch"))), float(run(code.format("retrograd")))) for _ in range(3)]
-    torch_seconds, retrograd_seconds = map(min, zip(*times, strict=True))
-    assert retrograd_seconds <= 1.5 * torch_seconds
+def test_import_takes_little_beside_torch():
+    # Both in one process, as processor time: whatever else the machine does meanwhile slows both. The best of five, as a burst
+    # of other work may fall on one half; usually it is a quarter.
+    code = "from time import process_time as t; a = t(); import torch; b = t(); import retrograd; print((t() - b) / (b - a))"
+    assert min(float(run(code)) for _ in range(5)) <= 0.5
