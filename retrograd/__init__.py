@@ -6,11 +6,11 @@ Record a training run once, then ask it which training data made the model do wh
     scores = retrograd.attribute(run, queries)
     scores.top(query=0, k=5)
 
-The verbs: `record`, `open_run`, `attribute`, `self_influence`, `check`, `retrain`, `evaluate`, `find_mislabelled`, `prune`,
-`reweight`, `roughness`, `coverage`, `citation`.
+The verbs: `record`, `open_run`, `attribute`, `hypergradient`, `chain`, `meta_train`, `audit`, `verify`,
+`self_influence`, `check`, `retrain`, `evaluate`, `find_mislabelled`, `prune`, `reweight`, `roughness`, `coverage`, `citation`.
 """
 
-from retrograd.adjoint import TRAK, Blend, Implicit, LoGra, Queries, Source, TracIn, Unrolled
+from retrograd.adjoint import TRAK, Blend, FirstOrder, FixedPoint, Implicit, LoGra, Outcome, Queries, Source, TracIn, Unrolled
 from retrograd.adjoint.solvers import Astra, ConjugateGradients, DataInf, Neumann, Spectral
 from retrograd.attribution import (
     Agreement,
@@ -50,6 +50,21 @@ from retrograd.evaluation import (
     retrain,
     tail_patch,
 )
+from retrograd.hypergradients import (
+    Arm,
+    Audit,
+    Chain,
+    Forward,
+    Hypergradient,
+    MetaTraining,
+    OuterStep,
+    Verdict,
+    audit,
+    chain,
+    hypergradient,
+    meta_train,
+    verify,
+)
 from retrograd.progress import reporting
 from retrograd.selection import (
     Distillation,
@@ -61,7 +76,7 @@ from retrograd.selection import (
     suggested_weight,
     with_teacher,
 )
-from retrograd.task import Classification, Regression, Task
+from retrograd.task import Classification, Meta, Regression, Task
 from retrograd.trajectory import (
     All,
     CheckpointSeries,
@@ -87,10 +102,13 @@ __all__ = [
     "TRAK",
     "Agreement",
     "All",
+    "Arm",
     "Arnoldi",
     "Astra",
+    "Audit",
     "Blend",
     "Brittleness",
+    "Chain",
     "Check",
     "CheckpointSeries",
     "Choice",
@@ -106,13 +124,21 @@ __all__ = [
     "Effect",
     "Every",
     "Examples",
+    "FirstOrder",
     "Fisher",
+    "FixedPoint",
+    "Forward",
     "GaussNewton",
     "Hessian",
+    "Hypergradient",
     "Implicit",
     "LoGra",
+    "Meta",
+    "MetaTraining",
     "Neumann",
     "Nystrom",
+    "Outcome",
+    "OuterStep",
     "ProjectedGaussNewton",
     "Queries",
     "Ranked",
@@ -134,10 +160,13 @@ __all__ = [
     "Treeverse",
     "Unrolled",
     "UpdateMap",
+    "Verdict",
     "additive_ceiling",
     "attribute",
+    "audit",
     "brittleness",
     "calibration",
+    "chain",
     "check",
     "choose",
     "citation",
@@ -145,8 +174,10 @@ __all__ = [
     "coverage",
     "evaluate",
     "find_mislabelled",
+    "hypergradient",
     "leave_one_out",
     "linear_datamodeling_score",
+    "meta_train",
     "mislabelled_detection",
     "noise_ceiling",
     "one_seed_wall",
@@ -162,5 +193,6 @@ __all__ = [
     "shares_by_agreement",
     "suggested_weight",
     "tail_patch",
+    "verify",
     "with_teacher",
 ]

@@ -22,7 +22,8 @@
 
     RetrogradWarning
     ├── ReplayDrift                 a replay differs from the record within the stated tolerance
-    └── RoughTraining               derivatives of this run say little about retraining
+    ├── RoughTraining               derivatives of this run say little about retraining
+    └── UntrustedGradient           a hypergradient leaves out, or assumes, what is known to matter
 
 Messages say what was given, what is allowed and what to do.
 """
@@ -110,6 +111,10 @@ class RetrogradWarning(UserWarning):
 
 class ReplayDrift(RetrogradWarning):
     """A replay differs from the record, but within the stated tolerance."""
+
+
+class UntrustedGradient(RetrogradWarning):
+    """A hypergradient leaves out, or assumes, what is known to matter."""
 
 
 class RoughTraining(RetrogradWarning):

@@ -171,3 +171,40 @@ def _columns_digest(columns: Mapping[str, np.ndarray], about: Mapping[str, Any])
 def _rows_digest(rows: list[dict[str, Any]]) -> str:
     plain = [{key: value.hex() if isinstance(value, bytes) else value for key, value in row.items()} for row in rows]
     return json_digest(plain)
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Write named tensors and plain values about them as one safetensors file, with a digest of both."""
+    from safetensors.torch import save_file
+
+    own = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}
+    text = json.dumps({**about, "digest": _tensors_digest(own, about)}, sort_keys=True)
+    replace_file(file, lambda temporary: save_file(own, temporary, {"about": text}))
+
+
+def read_tensors(file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read what `write_tensors` wrote.
+
+    Raises:
+        CorruptRecord: it is torn, altered, or no such file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads(opened.metadata()["about"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 it is no dict
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise CorruptRecord(f"{file} cannot be read: {error}") from error
+    if about.pop("digest", None) != _tensors_digest(tensors, about):
+        raise CorruptRecord(f"{file} was altered: it does not have the digest that was written with it.")
+    return tensors, about
+
+
+def _tensors_digest(tensors: Mapping[str, Any], about: Mapping[str, Any]) -> str:
+    hasher = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name in sorted(tensors):
+        leaf = tensors[name]
+        hasher.update(f"{name}:{leaf.dtype}:{tuple(leaf.shape)};".encode())
+        hasher.update(leaf.flatten().numpy().tobytes())
+    return hasher.hexdigest()

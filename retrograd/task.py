@@ -15,6 +15,16 @@ Losses that couple the examples of a batch (contrastive, ranking, graph losses) 
 ``loss(model, batch, weights) -> scalar`` instead of ``losses``; the weights are then theirs to use. Whatever ``losses``
 does per example, the loss of a step is ``Σ_i w_i ℓ_i / B`` with B the number of examples in the batch.
 
+What else shapes training and may be learned (an augmenter, a commentary, task weights) is a *meta-module*. A run that is
+recorded with one hands it to ``losses`` (or ``loss``) as one argument more, a `Meta`::
+
+    class Weighted:
+        def losses(self, model, batch, meta):       # meta(...) calls the user's module, meta.step is the step t
+            inputs, labels = batch
+            return meta(inputs) * F.cross_entropy(model(inputs), labels, reduction="none")
+
+Its parameters stay as they are while the model trains; hypergradients say how to change them.
+
 A task whose losses are functions of the model's outputs can say so by two methods more, ``outputs`` and ``losses_of``
 (`SplitTask`); Gauss-Newton matrices ask for them.
 """
@@ -40,6 +50,39 @@ class Task(Protocol):
     """
 
     def losses(self, model: nn.Module, batch: Any, /) -> Float[Tensor, " batch"]:
+        """Return one loss per example of ``batch``, not reduced."""
+        ...
+
+    def measurements(self, model: nn.Module, batch: Any, /) -> Float[Tensor, " query"]:
+        """Return one number per query of ``batch``."""
+        ...
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The meta-module as a step of training sees it: called like the module itself.
+
+    Attributes:
+        module: the user's module, bound to the meta-parameters of the run.
+        step: number t of the step, from 0.
+    """
+
+    module: nn.Module
+    step: int
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+
+@runtime_checkable
+class MetaTask(Protocol):
+    """A task that is trained with a meta-module; what is asked of the model has no part in it.
+
+    ``loss(model, batch, weights, meta)`` in the place of ``losses`` couples the examples, as in `CoupledTask`.
+    """
+
+    def losses(self, model: nn.Module, batch: Any, meta: Meta, /) -> Float[Tensor, " batch"]:
         """Return one loss per example of ``batch``, not reduced."""
         ...
 
@@ -246,11 +289,18 @@ def _like_targets(outputs: Tensor, targets: Tensor) -> Tensor:
     return outputs
 
 
-def weighted_loss(task: Task | CoupledTask, model: nn.Module, batch: Any, weights: Tensor | None, size: int) -> Tensor:
+AnyTask = Task | CoupledTask | MetaTask
+"""What can be trained."""
+
+
+def weighted_loss(
+    task: AnyTask, model: nn.Module, batch: Any, weights: Tensor | None, size: int, meta: Meta | None = None
+) -> Tensor:
     """Return the loss of one step, ``Σ_i w_i ℓ_i / B``; ``weights=None`` means all ones."""
+    more = () if meta is None else (meta,)
     if isinstance(task, CoupledTask):
-        return task.loss(model, batch, torch.ones(size) if weights is None else weights)
-    return weighted_mean(task.losses(model, batch), weights, size, f"{type(task).__name__}.losses")
+        return task.loss(model, batch, torch.ones(size) if weights is None else weights, *more)
+    return weighted_mean(task.losses(model, batch, *more), weights, size, f"{type(task).__name__}.losses")
 
 
 def weighted_mean(losses: Tensor, weights: Tensor | None, size: int, source: str) -> Tensor:
@@ -263,7 +313,7 @@ def weighted_mean(losses: Tensor, weights: Tensor | None, size: int, source: str
     return losses.sum() / size if weights is None else (weights.to(losses) * losses).sum() / size
 
 
-def split_task(task: Task | CoupledTask) -> SplitTask:
+def split_task(task: "AnyTask") -> SplitTask:
     """Return the task as one that knows its outputs.
 
     Raises:

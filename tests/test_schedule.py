@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from retrograd.errors import InputError
 from retrograd.trajectory import All, Every, MemoryCheckpoints, Schedule, Sqrt, TrainingState, Treeverse
+from retrograd.trajectory.checkpoints import keep_checkpoint
 from retrograd.trajectory.schedule import replayed_steps, reverse
-from retrograd.trajectory.trajectory import keep_checkpoint
 from tests.cases import CASES, RULES
 
 

@@ -3,8 +3,11 @@
 from retrograd.adjoint.adjoint import Adjoint
 from retrograd.adjoint.blend import Blend
 from retrograd.adjoint.contraction import Engine
+from retrograd.adjoint.first_order import FirstOrder
+from retrograd.adjoint.fixed_point import FixedPoint
 from retrograd.adjoint.implicit import Implicit
 from retrograd.adjoint.logra import LoGra
+from retrograd.adjoint.outcome import Outcome
 from retrograd.adjoint.parts import Notes, Probe, ScorePart
 from retrograd.adjoint.queries import Queries
 from retrograd.adjoint.source import Source
@@ -17,9 +20,12 @@ __all__ = [
     "Adjoint",
     "Blend",
     "Engine",
+    "FirstOrder",
+    "FixedPoint",
     "Implicit",
     "LoGra",
     "Notes",
+    "Outcome",
     "Probe",
     "Queries",
     "ScorePart",

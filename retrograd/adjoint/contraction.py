@@ -32,9 +32,9 @@ from retrograd.progress import track
 from retrograd.task import BoundModel, TokenTask
 from retrograd.trajectory import Run, TrainingState
 from retrograd.trajectory.kernels import twice_differentiable
+from retrograd.trajectory.modes import evaluation_mode
 from retrograd.trajectory.per_example import loss_gradients
 from retrograd.trajectory.trajectory import to_device
-from retrograd.trajectory.update_map import evaluation_mode
 
 Made = TypeVar("Made")
 MEMORY = 4 << 30

@@ -1,6 +1,6 @@
 """What is asked of a run: measurements at its states and their gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -56,18 +56,18 @@ class Queries:
         values = self._measured(update_map, state, batch, len(self.examples))
         return values.mean()[None] if self.mean else values
 
-    def gradients(self, run: Run, state: TrainingState) -> StateVectors:
+    def gradients(self, run: Run, state: TrainingState, also: Collection[str] = ()) -> StateVectors:
         """Return ∇f_q at ``state`` for all queries, with respect to parameters and to the buffers that training moves.
 
         Each through its query alone (the mean through all of them): many at a time where the model can be vectorised over
         queries, else one after the other.
+
+        Args:
+            run: the run.
+            state: where.
+            also: buffers that this run did not move, but one before it did.
         """
-        initial = run.state(0)
-        moving = [
-            name
-            for name, leaf in state.buffers.items()
-            if leaf.is_floating_point() and not torch.equal(leaf, initial.buffers[name])
-        ]
+        moving = moved_buffers(run, state, also)
         inputs = {name: leaf.detach() for name, leaf in state.params.items()}
         inputs |= {name: state.buffers[name].detach() for name in moving}
 
@@ -117,3 +117,10 @@ class Queries:
                 f"must give one number per query, shape ({count},)."
             )
         return values
+
+
+def moved_buffers(run: Run, state: TrainingState, also: Collection[str] = ()) -> list[str]:
+    """Return the names of the buffers that have moved since the run began, and of those in ``also``."""
+    initial = run.state(0).buffers
+    floats = [(name, leaf) for name, leaf in state.buffers.items() if leaf.is_floating_point()]
+    return [name for name, leaf in floats if name in also or not torch.equal(leaf, initial[name])]

@@ -128,8 +128,20 @@ class Unrolled:
         for _, step, pullback in self.sweep(run, own, Notes()):
             yield step, pullback.costates
 
-    def sweep(self, run: Trajectory, cotangents: StateVectors, notes: Notes) -> Iterator[tuple[StepInputs, int, Pullback]]:
-        """Pull the cotangents of the final state back step by step, in place; yields u_t, t and the pullback of step t."""
+    def sweep(
+        self, run: Trajectory, cotangents: StateVectors, notes: Notes, wrt: frozenset[str] = frozenset()
+    ) -> Iterator[tuple[StepInputs, int, Pullback]]:
+        """Pull the cotangents of the final state back step by step, in place; yields u_t, t and the pullback of step t.
+
+        Args:
+            run: the recorded run.
+            cotangents: λ_T, overwritten.
+            notes: of what was chosen.
+            wrt: inputs to differentiate by, other than the example weights (see ``trajectory/step_inputs.py``).
+
+        Raises:
+            NonFinite: a costate or a derivative became so, with the step and the name of the first.
+        """
         route = None if self.route == "auto" else self.route
         curvature = self.chosen_curvature(run, notes)
         costates = cotangents
@@ -138,12 +150,8 @@ class Unrolled:
             if route is None:
                 route = fastest_route(run.update_map, state, inputs, costates, curvature)
                 notes.add(route=route)
-            pullback = run.update_map.pullback(state, inputs, costates, route, out=costates, curvature=curvature)
-            if not torch.isfinite(pullback.scores).all():
-                raise NonFinite(
-                    f"the costates became non-finite at step {step}. The run is too rough to differentiate through from there "
-                    "on; see roughness(run), or use Unrolled(last=...)."
-                )
+            pullback = run.update_map.pullback(state, inputs, costates, route, out=costates, curvature=curvature, wrt=wrt)
+            refuse_non_finite(pullback, step)
             yield inputs, step, pullback
 
     def chosen_curvature(self, run: Trajectory, notes: Notes) -> StepCurvature:
@@ -162,6 +170,18 @@ class Unrolled:
             chosen = "hessian" if smooth else "gauss_newton"
         notes.add(curvature=chosen)
         return chosen
+
+
+def refuse_non_finite(pullback: Pullback, step: int) -> None:
+    """Refuse derivatives that are NaN or infinite, with the names of what they are of."""
+    found = {"example_weights": pullback.scores, **pullback.inputs.hyper, **pullback.inputs.leaves()}
+    wrong = [name for name, leaf in found.items() if not torch.isfinite(leaf).all()]
+    if wrong:  # only now all of the costates are looked at
+        wrong += [name for name, leaf in pullback.costates.leaves().items() if not torch.isfinite(leaf).all()]
+        raise NonFinite(
+            f"the costates became non-finite at step {step}, in {', '.join(wrong[:4])}. The run is too rough to differentiate "
+            "through from there on; see roughness(run), or use Unrolled(last=...)."
+        )
 
 
 def fastest_route(

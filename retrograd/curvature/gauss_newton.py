@@ -29,7 +29,7 @@ from retrograd.params import Params
 from retrograd.task import BoundModel, check_split, split_task
 from retrograd.trajectory import Run, TrainingState, UpdateMap
 from retrograd.trajectory.kernels import twice_differentiable
-from retrograd.trajectory.update_map import evaluation_mode
+from retrograd.trajectory.modes import evaluation_mode
 
 _TANGENTS = 64  # vectors whose derivatives are taken together
 

@@ -25,10 +25,10 @@ from retrograd.params import Params
 from retrograd.progress import track
 from retrograd.task import BoundModel, Samples
 from retrograd.trajectory import Examples, TrainingState, UpdateMap
+from retrograd.trajectory.modes import evaluation_mode
 from retrograd.trajectory.per_example import loss_gradients
 from retrograd.trajectory.state import map_batch
 from retrograd.trajectory.trajectory import to_device
-from retrograd.trajectory.update_map import evaluation_mode
 
 SCALARS_AT_ONCE = 1 << 24  # per-example gradients and per-example matrices are taken in slices of so many numbers
 

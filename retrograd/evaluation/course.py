@@ -23,7 +23,7 @@ from torch import Tensor
 from retrograd.errors import InputError
 from retrograd.trajectory import Examples, StepInputs, Trajectory, batch_order
 from retrograd.trajectory.counterfactual import Removal
-from retrograd.trajectory.recorder import step_seed
+from retrograd.trajectory.modes import step_seed
 from retrograd.trajectory.state import map_batch
 from retrograd.trajectory.trajectory import to_device
 from retrograd.update_rules import Hyper
@@ -157,7 +157,7 @@ class Course:
             seed = run.records[number].seed if self._seed is None else step_seed(self._seed, number)
             flat = to_device(run.examples.batch(ids.flatten()), run.device)
             batch = map_batch(lambda leaf: leaf.unflatten(0, ids.shape), flat) if self.own_batches else flat
-            inputs = StepInputs(ids[0], None, self._hyper(number), batch, seed)
+            inputs = StepInputs(ids[0], None, self._hyper(number), batch, seed, number)
             rows = run.examples.rows(ids.flatten()).view_as(ids)
             weights = self._weights[rows] * self._factors.gather(1, rows.expand(len(self._factors), -1))
         return inputs, weights.to(run.device, self._dtype)

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from retrograd.errors import InputError, ModelChanged, NotRecorded
-from retrograd.task import CoupledTask, Task
+from retrograd.task import AnyTask
 from retrograd.trajectory import digests
 from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
@@ -47,7 +47,7 @@ class CheckpointSeries:
         self,
         model: nn.Module,
         dataset: Any,
-        task: Task | CoupledTask,
+        task: AnyTask,
         states: Mapping[int, Mapping[str, Tensor]],
         *,
         learning_rate: float | Sequence[float],

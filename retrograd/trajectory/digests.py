@@ -44,7 +44,19 @@ def description(update_map: UpdateMap) -> dict[str, Any]:
     model, task, rule = update_map.model, update_map.task, update_map.rule
     trained = {name for group in update_map.groups for name in group}
     frozen = {name: leaf for name, leaf in model.named_parameters() if name not in trained}
+    module = update_map.meta_module
+    meta = (
+        {
+            "class": type(module).__qualname__,
+            "parameters": tensors_digest(update_map.meta),
+            # What is not learned is read off the module.
+            "rest": tensors_digest({name: leaf for name, leaf in module.state_dict().items() if name not in update_map.meta}),
+        }
+        if module is not None
+        else None
+    )
     return {
+        **({} if meta is None else {"meta": meta}),
         "model": {
             "class": type(model).__qualname__,
             "parameters": {

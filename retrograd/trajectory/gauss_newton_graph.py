@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from retrograd.params import Params
-from retrograd.task import CoupledTask, Task, check_split, split_task, weighted_mean
+from retrograd.task import AnyTask, check_split, split_task, weighted_mean
 from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.state import StepInputs, TrainingState
 from retrograd.trajectory.step_graph import Products, Route, StepLeaves, refuse_once_differentiable, reverse_graph
@@ -60,7 +60,7 @@ class GaussNewtonGraph:
         NoSecondDerivative: a kernel of the model can be differentiated only once.
     """
 
-    def __init__(self, task: Task | CoupledTask, run: Run, state: TrainingState, inputs: StepInputs):
+    def __init__(self, task: AnyTask, run: Run, state: TrainingState, inputs: StepInputs):
         split, size = split_task(task), len(inputs.example_ids)
         self._leaves = leaves = StepLeaves(state, inputs)
         self.weights = leaves.weights

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from retrograd.errors import IncompleteRecord, InputError, ModelChanged, NonFinite
 from retrograd.progress import track
-from retrograd.task import CoupledTask, Task, weighted_loss
+from retrograd.task import AnyTask, Meta, weighted_loss
 from retrograd.trajectory.counterfactual import Counterfactual, Removal, Seeds
 from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.recorder import Recorder
@@ -42,7 +42,7 @@ def batch_order(examples: Examples, epochs: int, batch_size: int, seed: int) -> 
 def record(
     model: nn.Module,
     dataset: Any,
-    task: Task | CoupledTask,
+    task: AnyTask,
     *,
     optimizer: OptimizerOf,
     epochs: int | None = None,
@@ -51,6 +51,7 @@ def record(
     learning_rates: Sequence[float] | Tensor | None = None,
     clip_norm: float | None = None,
     weights: Float[Tensor, " example"] | None = None,
+    meta: nn.Module | None = None,
     seed: int = 0,
     checkpoints: Schedule | None = None,
     folder: str | PathLike[str] | None = None,
@@ -73,6 +74,7 @@ def record(
         learning_rates: learning rate of each step, for every group; the optimizer's own if not given.
         clip_norm: clip the global norm of the gradient to this.
         weights: weight of each example in the order of its row, shape ``[N]``; ones if not given.
+        meta: a meta-module that the task's losses take as one argument more (see `retrograd.task.Meta`).
         seed: seed of the order and of the random numbers inside the steps.
         checkpoints: which states are kept; about √T if not given.
         folder: where to write the run; None keeps it in memory.
@@ -118,6 +120,7 @@ def record(
         resume=resume,
         seed=seed,
         counterfactual=counterfactual,
+        meta=meta,
     )
     own_rates = [group["lr"] for group in made.param_groups]
     in_groups = {id(leaf) for group in made.param_groups for leaf in group["params"]}
@@ -134,7 +137,7 @@ def record(
             with recorder.step(ids, step_weights) as step:
                 made.zero_grad()
                 on_device = None if step_weights is None else step_weights.to(device)
-                loss = weighted_loss(task, model, batch, on_device, len(ids))
+                loss = weighted_loss(task, model, batch, on_device, len(ids), None if meta is None else Meta(meta, number))
                 step.loss = loss.item()
                 if not math.isfinite(step.loss):
                     raise NonFinite(f"the loss of step {number} is {step.loss}. Lower the learning rate or set clip_norm=.")
@@ -153,9 +156,10 @@ def open_run(
     folder: str | PathLike[str],
     model: nn.Module,
     dataset: Any,
-    task: Task | CoupledTask,
+    task: AnyTask,
     *,
     rule: UpdateRule | None = None,
+    meta: nn.Module | None = None,
     checkpoints: Schedule | None = None,
 ) -> Trajectory:
     """Open a recorded run.
@@ -168,6 +172,7 @@ def open_run(
         dataset: the same examples.
         task: the same task.
         rule: the update rule, if it is not one of the library's own.
+        meta: the meta-module, if there was one; its parameters may have any values, those of the record are used.
         checkpoints: how many states a replay may hold; no bound if not given.
 
     Raises:
@@ -191,7 +196,10 @@ def open_run(
         manifest["groups"],
         manifest["clip_norm"],
         manifest["model"]["evaluation_modules"],
+        meta,
     )
+    if meta is not None:
+        update_map = update_map.with_meta(store.load_meta())
     unknown = {name for group in update_map.groups for name in group} - dict(model.named_parameters()).keys()
     if unknown:
         raise ModelChanged(f"the model has no parameters named {sorted(unknown)[:3]}, which were trained in the recorded run.")

@@ -17,7 +17,6 @@ compares one number a step (`trajectory.witness`). So a loop that does something
 loss, clipping it was not told of, augmentation, noise on gradients) is found, with the step and how far off.
 """
 
-import hashlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -36,23 +35,18 @@ from retrograd.errors import (
     ReplayMismatch,
     UnsupportedTraining,
 )
-from retrograd.task import CoupledTask, Task
+from retrograd.task import AnyTask
 from retrograd.trajectory import digests
+from retrograd.trajectory.checkpoints import MemoryCheckpoints, keep_checkpoint
 from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
+from retrograd.trajectory.modes import seeded, step_seed
 from retrograd.trajectory.refusals import check_same_run, refuse_hooks, refuse_scaler
 from retrograd.trajectory.schedule import Schedule, Sqrt
 from retrograd.trajectory.state import StepInputs, StepRecord, TrainingState
 from retrograd.trajectory.store import FORMAT, RunFolder
-from retrograd.trajectory.trajectory import (
-    MemoryCheckpoints,
-    Trajectory,
-    keep_checkpoint,
-    smallest,
-    to_device,
-    witnesses,
-)
-from retrograd.trajectory.update_map import UpdateMap, seeded
+from retrograd.trajectory.trajectory import Trajectory, smallest, to_device, witnesses
+from retrograd.trajectory.update_map import UpdateMap
 from retrograd.update_rules import TorchRule, rule_of
 
 _SETTLED_TOGETHER = 256  # steps; what a memory recording has not settled yet waits for that many
@@ -82,6 +76,8 @@ class Recorder:
             another order (a fused optimizer, another reduction of the loss) stays far below the default.
         check_every: replay every so many steps, instead of steps 0, 1, 2, 4, 8, …
         counterfactual: what the run is the linearisation point of, if its learning rates were chosen to match one.
+        meta: the meta-module that the task's losses take (see `retrograd.task.Meta`); its parameters must stay as they are
+            while the model trains.
 
     Raises:
         UnknownOptimizer: no update rule equals the optimizer.
@@ -93,7 +89,7 @@ class Recorder:
         self,
         model: nn.Module,
         dataset: Any,
-        task: Task | CoupledTask,
+        task: AnyTask,
         optimizer: torch.optim.Optimizer,
         *,
         clip_norm: float | None = None,
@@ -104,6 +100,7 @@ class Recorder:
         tolerance: float = 1e-5,
         check_every: int | None = None,
         counterfactual: Counterfactual | None = None,
+        meta: nn.Module | None = None,
     ):
         rule = rule_of(optimizer)
         refuse_hooks(model, optimizer)
@@ -117,7 +114,7 @@ class Recorder:
         self._watched = [*self._params.values(), *model.buffers()]
         evaluation = [name for name, module in model.named_modules() if not module.training]
         self._trajectory = Trajectory(
-            UpdateMap(model, task, rule, self._groups, clip_norm, evaluation),
+            UpdateMap(model, task, rule, self._groups, clip_norm, evaluation, meta),
             Examples.of(dataset),
             [],
             RunFolder(folder) if folder is not None else MemoryCheckpoints(),
@@ -237,7 +234,7 @@ class Recorder:
         ids, weights, hyper, seed, *_ = self._pending[-1]
         trajectory = self._trajectory
         batch = to_device(trajectory.examples.batch(ids), trajectory.device)
-        replayed = trajectory.update_map(before, StepInputs(ids, weights, hyper, batch, seed))
+        replayed = trajectory.update_map(before, StepInputs(ids, weights, hyper, batch, seed, number))
         happened = self._live_state(number + 1)
         if replayed.equals(happened):
             return
@@ -328,7 +325,7 @@ class Recorder:
             return
         self._genesis = digests.genesis(self._trajectory.update_map, self._trajectory.examples, state)
         self._initial = digests.state_digest(state)
-        self._folder.create(self._manifest("recording"), self._trajectory.examples, state)
+        self._folder.create(self._manifest("recording"), self._trajectory.examples, state, self._trajectory.update_map.meta)
         self._folder.expect(0, self._initial)
 
     def _continue(self) -> None:
@@ -413,11 +410,6 @@ class _Writer:
 def _state_of_first_with_gradient(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
     # A parameter without gradient is not stepped, so its count of steps stands still.
     return next((optimizer.state.get(leaf, {}) for leaf in group["params"] if leaf.grad is not None), {})
-
-
-def step_seed(seed: int, number: int) -> int:
-    """Return the seed of one step's random numbers."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8], "big") >> 1
 
 
 def _group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], ...]:

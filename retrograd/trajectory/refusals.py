@@ -56,9 +56,11 @@ def check_same_run(manifest: dict[str, Any], update_map: UpdateMap, examples: Ex
         ModelChanged: model, task or optimizer differ, with what differs.
         DataChanged: the data set differs.
     """
+    if "meta" in manifest and update_map.meta_module is None:
+        raise ModelChanged(f"the run was trained with a meta-module, {manifest['meta']['class']}: give it as meta=.")
     for key, now in digests.description(update_map).items():
-        if manifest[key] != now:
-            raise ModelChanged(f"{key} is not what was recorded: {_difference(manifest[key], now)}.")
+        if manifest.get(key) != now:
+            raise ModelChanged(f"{key} is not what was recorded: {_difference(manifest.get(key), now)}.")
     if manifest["data"]["count"] != len(examples):
         raise DataChanged(f"the record has {manifest['data']['count']} examples, the data set given has {len(examples)}.")
     if manifest["data"]["root"] != examples.root():

@@ -1,5 +1,7 @@
 """The Jacobian of an elementwise update rule: a few numbers a coordinate, shared by all tangents and costates of a step."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,25 @@ def elementwise_jacobian(rule: UpdateRule, parameter: Tensor, slots: Params, gra
         found = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output), True, allow_unused=True)
         jacobian[target] = {source: _simplest(row) for source, row in zip(leaves, found, strict=True)}
     return jacobian
+
+
+def hyper_derivatives(
+    rule: UpdateRule, parameter: Tensor, slots: Params, gradient: Tensor, hyper: Hyper, numbers: Iterable[str]
+) -> dict[str, dict[str, Tensor]]:
+    """Derivatives of an elementwise rule by some of its hyperparameters: number → output → one value a coordinate.
+
+    By forward mode, since one number moves all coordinates.
+    """
+    found: dict[str, dict[str, Tensor]] = {}
+    for number in sorted(numbers):
+        value = torch.as_tensor(hyper[number]).to(parameter)
+
+        def step(value: Tensor, number: str = number) -> Params:
+            new_parameter, new_slots = rule.apply(parameter, slots, gradient, {**hyper, number: value})
+            return {"parameter": new_parameter, **new_slots}
+
+        found[number] = torch.func.jvp(step, (value,), (torch.ones_like(value),))[1]
+    return found
 
 
 def _simplest(coefficients: Tensor | None) -> Coefficient:

@@ -101,6 +101,8 @@ class StepInputs:
         hyper: numeric hyperparameters, one dict for each parameter group.
         batch: what the task's ``losses`` gets.
         seed: seed of every random number drawn inside the step (dropout, noise).
+        step: number t of the step, which a meta-module may depend on.
+        meta: parameters of the meta-module, or None for those that the update map holds.
     """
 
     example_ids: Tensor
@@ -108,6 +110,8 @@ class StepInputs:
     hyper: tuple[Hyper, ...]
     batch: Any
     seed: int
+    step: int = 0
+    meta: Params | None = None
 
 
 @dataclass(frozen=True)

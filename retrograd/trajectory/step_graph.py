@@ -2,7 +2,7 @@
 
 With g the batch gradient, b' the buffers after the step, θ, b, w its parameters, buffers and example weights,
 
-    ψ = ⟨g, γ⟩ + ⟨b', λ_b'⟩  ↦  ∂ψ/∂θ, ∂ψ/∂b, ∂ψ/∂w
+    ψ = ⟨g, γ⟩ + ⟨b', λ_b'⟩  ↦  ∂ψ/∂θ, ∂ψ/∂b, ∂ψ/∂w, and by whatever else went into the loss
 
 `StepGraph` reverses all of it, so that ∂g/∂θ is the Hessian of the batch's loss; `GaussNewtonGraph` (in
 ``gauss_newton_graph.py``) gives the same three with the Gauss-Newton matrix in its place.
@@ -31,7 +31,9 @@ LossOf = Callable[[Params, Params, StepInputs, Tensor | None], Tensor]
 """Maps (parameters, buffers, inputs, weights) to the loss of a step; the buffers are written to as the forward pass does."""
 
 Products = tuple[dict[str, Tensor | None], Tensor | None]
-"""∂ψ/∂θ and ∂ψ/∂b under the names of parameters and ``buffers/…``, and ∂ψ/∂w; None where there is no dependence."""
+"""∂ψ/∂θ and ∂ψ/∂b under the names of parameters and ``buffers/…``, and ∂ψ/∂w; None where there is no dependence.
+
+The derivatives by other inputs follow under their names (see `with_leaves`)."""
 
 
 class StepLeaves:
@@ -86,15 +88,21 @@ class StepLeaves:
 class StepGraph:
     """The graph of the batch gradient at one state, to be reversed once for every costate.
 
+    Args:
+        loss_of: gives the loss.
+        state: s_t.
+        inputs: u_t.
+        others: leaves among ``inputs`` to differentiate by as well, by name.
+
     Attributes:
         grads: the batch gradient, of the parameters that have one.
         weights: the weights of the batch's examples.
         written: names of the buffers that the step writes.
     """
 
-    def __init__(self, loss_of: LossOf, state: TrainingState, inputs: StepInputs):
-        self._leaves = leaves = StepLeaves(state, inputs)
-        self.weights = leaves.weights
+    def __init__(self, loss_of: LossOf, state: TrainingState, inputs: StepInputs, others: Mapping[str, Tensor] | None = None):
+        self._leaves, self._others = StepLeaves(state, inputs), dict(others or {})
+        leaves, self.weights = self._leaves, self._leaves.weights
         with twice_differentiable():
             loss = loss_of(leaves.params, leaves.buffers_out, inputs, leaves.weights)
             leaves.refuse_non_finite(loss)
@@ -114,7 +122,7 @@ class StepGraph:
         """
         written = [name for name in buffers if name in self.written]
         outputs = [*self.grads.values(), *(self._leaves.buffers_out[name] for name in written)]
-        sources = self._leaves.sources(buffers)
+        sources = {**self._leaves.sources(buffers), **self._others}
         cotangents = [*gamma.values(), *(buffers[name] for name in written)]
         found = reverse_graph(outputs, [*sources.values(), self.weights], cotangents, route, retain_graph)
         return dict(zip(sources, found, strict=False)), found[-1]

@@ -19,6 +19,7 @@ import torch
 
 from retrograd.errors import CorruptRecord, NotRecorded, RecordExists
 from retrograd.files import read_manifest, read_rows, replace_file, write_manifest, write_rows
+from retrograd.params import Params
 from retrograd.trajectory import digests
 from retrograd.trajectory.examples import Examples, root_digest
 from retrograd.trajectory.state import StepRecord, TrainingState
@@ -58,7 +59,7 @@ class RunFolder:
         """Whether the folder holds a run."""
         return (self.path / "run.json").is_file()
 
-    def create(self, manifest: dict[str, Any], examples: Examples, initial: TrainingState) -> None:
+    def create(self, manifest: dict[str, Any], examples: Examples, initial: TrainingState, meta: Params) -> None:
         """Start a new run: the table of examples, the initial state, and last the manifest, which makes it a run."""
         if self.exists():
             raise RecordExists(f"{self.path} already holds a run. Give another folder, or continue it with resume=True.")
@@ -68,6 +69,8 @@ class RunFolder:
         (self.path / "checkpoints").mkdir(parents=True, exist_ok=True)
         (self.path / "steps.parquet").mkdir(exist_ok=True)
         self._write_data(examples)
+        if meta:
+            self._save(self.path / "meta.safetensors", meta, {})
         self.save(initial)
         self.write_manifest(manifest)
 
@@ -186,12 +189,38 @@ class RunFolder:
 
     def save(self, state: TrainingState) -> None:
         """Store a state."""
+        note = {"step": str(state.step)}  # one key: safetensors writes several in random order
+        self._save(self._checkpoint(state.step), state.tensors(), note)
+
+    @staticmethod
+    def _save(file: Path, tensors: Params, note: dict[str, str]) -> None:
         from safetensors.torch import save_file
 
         # One memory may stand behind two names (tied buffers); the file holds each name's values on its own.
-        tensors = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in state.tensors().items()}
-        note = {"step": str(state.step)}  # one key: safetensors writes several in random order
-        replace_file(self._checkpoint(state.step), lambda temporary: save_file(tensors, temporary, note))
+        own = {name: leaf.detach().cpu().contiguous().clone() for name, leaf in tensors.items()}
+        replace_file(file, lambda temporary: save_file(own, temporary, note))
+
+    def load_meta(self) -> Params:
+        """Read the meta-parameters; their digest is in the manifest, as that of the model's description.
+
+        Raises:
+            NotRecorded: the run was trained without any.
+            CorruptRecord: the file is torn.
+        """
+        file = self.path / "meta.safetensors"
+        if not file.is_file():
+            raise NotRecorded(f"{self.path} was trained without a meta-module: leave out meta=.")
+        return self._read(file)
+
+    @staticmethod
+    def _read(file: Path) -> Params:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except (SafetensorError, ValueError, OSError) as error:
+            raise CorruptRecord(f"{file} is torn: {error}") from error
 
     def load(self, step: int) -> TrainingState:
         """Read the state stored for ``step`` and compare it with its digest.
@@ -200,15 +229,12 @@ class RunFolder:
             NotRecorded: there is no such file.
             CorruptRecord: it is torn or altered.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         file = self._checkpoint(step)
         if not file.is_file():
             raise NotRecorded(f"{file} is missing. Stored states: {', '.join(map(str, self.steps())) or 'none'}.")
         try:
-            state = TrainingState.from_tensors(load_file(file), step)
-        except (SafetensorError, ValueError, KeyError, OSError) as error:
+            state = TrainingState.from_tensors(self._read(file), step)
+        except (ValueError, KeyError) as error:
             raise CorruptRecord(f"{file} is torn: {error}") from error
         if digests.state_digest(state) != self._expected.get(step):
             raise CorruptRecord(f"{file} was altered: its content does not have the digest that was recorded for it.")

@@ -13,10 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from retrograd.errors import InputError, NonFinite, NotRecorded, ReplayDrift, ReplayMismatch
+from retrograd.params import Params
 from retrograd.progress import track
 from retrograd.trajectory import digests
+from retrograd.trajectory.checkpoints import Checkpoints, MemoryCheckpoints, keep_checkpoint
 from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
+from retrograd.trajectory.modes import step_seed
 from retrograd.trajectory.schedule import Schedule, reverse
 from retrograd.trajectory.state import ROUNDING, StepInputs, StepRecord, TrainingState, map_batch
 from retrograd.trajectory.update_map import UpdateMap
@@ -108,61 +111,6 @@ class Run(Protocol):
         ...
 
 
-@runtime_checkable
-class Checkpoints(Protocol):
-    """Stored states, in memory or in a run folder."""
-
-    def steps(self) -> list[int]:
-        """Return the steps whose states are stored, ascending."""
-        ...
-
-    def load(self, step: int) -> TrainingState:
-        """Return the state stored for ``step``."""
-        ...
-
-    def save(self, state: TrainingState) -> None:
-        """Store a state; the caller does not change it afterwards."""
-        ...
-
-    def discard(self, step: int) -> None:
-        """Forget the state of ``step``."""
-        ...
-
-
-class MemoryCheckpoints:
-    """States kept in memory."""
-
-    def __init__(self) -> None:
-        self._states: dict[int, TrainingState] = {}
-
-    def steps(self) -> list[int]:
-        """Return the steps whose states are stored, ascending."""
-        return sorted(self._states)
-
-    def load(self, step: int) -> TrainingState:
-        """Return the state stored for ``step``."""
-        return self._states[step]
-
-    def save(self, state: TrainingState) -> None:
-        """Store a state."""
-        self._states[state.step] = state
-
-    def discard(self, step: int) -> None:
-        """Forget the state of ``step``."""
-        del self._states[step]
-
-
-def keep_checkpoint(checkpoints: Checkpoints, schedule: Schedule, state: TrainingState, last: bool = False) -> None:
-    """Store ``state`` if the schedule keeps it (or if it is the ``last``), and forget what the schedule no longer keeps."""
-    interval = schedule.interval(state.step)
-    if not last and state.step > 0 and (interval is None or state.step % interval):
-        return
-    checkpoints.save(state)
-    for step in checkpoints.steps():
-        if 0 < step < state.step and (interval is None or step % interval):
-            checkpoints.discard(step)
-
-
 class Trajectory:
     """A recorded run. Made by `record`, `Recorder` or `open_run`; every question is asked of it.
 
@@ -223,7 +171,7 @@ class Trajectory:
             raise NotRecorded(f"step {step} is not recorded. Recorded steps: 0 to {len(self) - 1}.")
         record = self.records[step]
         batch = to_device(self.examples.batch(record.example_ids), self.device)
-        return StepInputs(record.example_ids, record.weights, record.hyper, batch, record.seed)
+        return StepInputs(record.example_ids, record.weights, record.hyper, batch, record.seed, step)
 
     def state(self, step: int) -> TrainingState:
         """Return the state s_t before step ``t``, 0 ≤ t ≤ T, replayed from the nearest stored state before it."""
@@ -340,20 +288,42 @@ class Trajectory:
         *,
         weights: Float[Tensor, " example"] | None = None,
         learning_rate_scale: float = 1.0,
+        hyper: Mapping[str, Float[Tensor, "*step group"]] | None = None,
+        clip_norm: float | None = None,
+        meta: Params | None = None,
+        examples: Examples | None = None,
+        order: Sequence[Tensor] | None = None,
+        seed: int | None = None,
         initial: TrainingState | None = None,
         schedule: Schedule | None = None,
         counterfactual: Counterfactual | None = None,
     ) -> "Trajectory":
-        """Train again from the same start, on the same batches and random numbers, with other inputs.
+        """Train again from the same start, on the same batches and random numbers unless told otherwise, with other inputs.
 
         Args:
             weights: factor on each example's recorded weight, in the order of ``examples.ids``.
             learning_rate_scale: factor on every learning rate.
+            hyper: other values of hyperparameters: for each group, or for each step and group.
+            clip_norm: another norm to clip gradients to.
+            meta: other meta-parameters.
+            examples: other contents of the same examples.
+            order: ids of each step's batch; recorded weights of the steps then do not apply.
+            seed: another seed of the random numbers inside the steps.
             initial: another initial state.
             schedule: which states to keep, in memory; that of this run if not given.
             counterfactual: what the new run is the linearisation point of.
+
+        Raises:
+            InputError: shapes do not fit this run, or it has no such input.
         """
         schedule = schedule or self.schedule
+        if examples is not None and not torch.equal(examples.ids, self.examples.ids):
+            raise InputError("other contents must be of the same examples: give Examples(data, ids=run.examples.ids).")
+        update_map = self.update_map if meta is None else self.update_map.with_meta(meta)
+        update_map = update_map if clip_norm is None else update_map.with_clip_norm(clip_norm)
+        self._check_hyper(hyper or {})
+        if order is not None and len(order) != len(self):
+            raise InputError(f"order needs the batches of {len(self)} steps, got {len(order)}.")
         checkpoints = MemoryCheckpoints()
         state = self._load(0) if initial is None else replace(initial, step=0)
         if weights is not None and weights.shape != (len(self.examples),):
@@ -361,8 +331,8 @@ class Trajectory:
                 f"weights must have one entry an example, shape ({len(self.examples)},), got {tuple(weights.shape)}."
             )
         rerun = Trajectory(
-            self.update_map,
-            self.examples,
+            update_map,
+            self.examples if examples is None else examples,
             [],
             checkpoints,
             schedule,
@@ -373,14 +343,21 @@ class Trajectory:
         keep_checkpoint(checkpoints, schedule, state)
         for step in track(range(len(self)), "training again"):
             record = self.records[step]
+            if order is not None:
+                record = replace(record, example_ids=torch.as_tensor(order[step], dtype=torch.int64), weights=None)
+            if seed is not None:
+                record = replace(record, seed=step_seed(seed, step))
             if weights is not None:
                 factor = weights[self.examples.rows(record.example_ids)].double()
                 record = replace(record, weights=factor if record.weights is None else record.weights * factor)
             if learning_rate_scale != 1.0:
-                hyper = tuple({**own, "learning_rate": own["learning_rate"] * learning_rate_scale} for own in record.hyper)
-                record = replace(record, hyper=hyper)
+                scaled = tuple({**own, "learning_rate": own["learning_rate"] * learning_rate_scale} for own in record.hyper)
+                record = replace(record, hyper=scaled)
+            for name, values in (hyper or {}).items():
+                own = values if values.dim() == 1 else values[step]
+                record = replace(record, hyper=tuple({**h, name: v} for h, v in zip(record.hyper, own.tolist(), strict=True)))
             rerun.records.append(replace(record, loss=None, witness=None))
-            state = self.update_map(state, rerun.inputs(step))
+            state = update_map(state, rerun.inputs(step))
             mark = witness(smallest(state.params))
             if not math.isfinite(mark):
                 raise NonFinite(f"training again became non-finite at step {step}; use smaller changes.")
@@ -404,6 +381,18 @@ class Trajectory:
         scale, weight = counterfactual.matched_inputs()
         weights = None if weight == 1.0 else torch.full((len(self.examples),), weight, dtype=torch.float64)
         return self.rerun(weights=weights, learning_rate_scale=scale, counterfactual=counterfactual)
+
+    def _check_hyper(self, hyper: Mapping[str, Tensor]) -> None:
+        groups = len(self.update_map.groups)
+        allowed = sorted(set.intersection(*({*own} for own in self.records[0].hyper))) if self.records else []
+        for name, values in hyper.items():
+            if name not in allowed:
+                raise InputError(f"this run has no hyperparameter {name!r}. Allowed: {allowed}.")
+            if values.shape not in ((groups,), (len(self), groups)):
+                raise InputError(
+                    f"{name} needs one number a group, shape ({groups},), or one a step and group, ({len(self)}, {groups}); "
+                    f"got {tuple(values.shape)}."
+                )
 
     # ------------------------------------------------------------------ inside
 

@@ -10,14 +10,15 @@ One step, with U the optimizer (elementwise) and c the clipping of the gradient'
 **Pullback** of costates (λ_θ', λ_o', λ_b') with A = ∂s'/∂s:
 
     1. (λ_θ', λ_o') → (a_θ, λ_o, γ')    by U's Jacobian, which is a few numbers a coordinate (see `elementwise_jacobian`)
-    2. γ = cᵀ γ' = s γ' − s / (‖g‖ + 1e-6) · ⟨g, γ'⟩ g / ‖g‖  when clipping is active, else γ'
+    2. γ = (∂g'/∂g)ᵀ γ'                 where clipping is active, else γ' (both in ``clipped_rule.py``)
     3. one reverse pass over  ψ = ⟨g(θ, b, w), γ⟩ + ⟨b'(θ, b), λ_b'⟩  gives
            λ_θ = a_θ + ∂ψ/∂θ (the Hessian product),   λ_b = ∂ψ/∂b,   ∂ψ/∂w_i = ⟨∇ℓ_i, γ⟩ / B
 
-The last is the score of example i at this step: no per-example gradient is formed. The graph of g is built once and
-shared by all costates; only the reverse pass is repeated, either for all of them at once (route ``"batched"``) or one
-after the other (route ``"loop"``). With ``curvature="gauss_newton"`` another graph gives the derivatives of ψ, with the
-Gauss-Newton matrix for the Hessian (see ``gauss_newton_graph.py``); all else is the same.
+The last is the score of example i at this step: no per-example gradient is formed. The same pass gives the derivative by
+anything else in the loss (meta-parameters, the batch itself), and U's and c's own derivatives those by h and by the norm. The
+graph of g is built once and shared by all costates; only the reverse pass is repeated, either for all of them at once (route
+``"batched"``) or one after the other (route ``"loop"``). With ``curvature="gauss_newton"`` another graph gives the derivatives
+of ψ, with the Gauss-Newton matrix for the Hessian (see ``gauss_newton_graph.py``); all else is the same.
 
 Assumptions: the loss can be differentiated twice. Where it cannot (ReLU at 0, ties of max-pooling, √v at v = 0)
 autograd's one-sided choice is taken. Cost: building the graph about 1.5 plain training steps a batch of costates, then
@@ -25,9 +26,9 @@ autograd's one-sided choice is taken. Cost: building the graph about 1.5 plain t
 batch, on the batched route times the costates of a slice.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,25 +37,33 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from retrograd.errors import InputError
-from retrograd.params import Params, Slots, batched_inner, count
-from retrograd.task import BoundModel, CoupledTask, Task, weighted_loss
+from retrograd.params import Params, Slots, count
+from retrograd.task import AnyTask, BoundModel, CoupledTask, Meta, SplitTask, weighted_loss
+from retrograd.trajectory.clipped_rule import ClippedRule, LinearisedRule
 from retrograd.trajectory.gauss_newton_graph import GaussNewtonGraph
 from retrograd.trajectory.kernels import twice_differentiable
-from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian, share
+from retrograd.trajectory.modes import evaluation_mode, seeded, training_mode
 from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState, map_batch
 from retrograd.trajectory.step_graph import Route, StepCurvature, StepGraph
+from retrograd.trajectory.step_inputs import InputVectors, Rebuild, batch_names, input_leaves
 from retrograd.update_rules import Hyper, UpdateRule
 
 _SCALARS_AT_ONCE = 1 << 21  # costates are reversed in slices of so many scalars: temporary memory then stays warm
-_CLIP_GUARD = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
 
 
 @dataclass(frozen=True)
 class Pullback:
-    """What one step of the adjoint gives: costates of s_t, and the scores ∂⟨λ, s_{t+1}⟩/∂w of the batch, ``[query, batch]``."""
+    """What one step of the adjoint gives.
+
+    Attributes:
+        costates: λ_t, of s_t.
+        scores: ∂⟨λ_{t+1}, s_{t+1}⟩/∂w of the batch, ``[query, batch]``.
+        inputs: the same by other inputs of the step, as far as they were asked for.
+    """
 
     costates: StateVectors
     scores: Float[Tensor, "query batch"]
+    inputs: InputVectors = field(default_factory=InputVectors)
 
 
 class UpdateMap:
@@ -67,6 +76,8 @@ class UpdateMap:
         groups: names of the parameters of each optimizer group; together all trainable parameters.
         clip_norm: the global norm to which gradients are clipped, or None.
         evaluation_modules: names of submodules that stay in evaluation mode during training (frozen batch norm).
+        meta: the meta-module that the task's losses take, or None. Its parameters that require gradients are copied: they are
+            the meta-parameters, constant along a run. All else of it is taken as it is, and never changed.
 
     >>> from retrograd.task import Regression
     >>> from retrograd.update_rules import SGD
@@ -83,20 +94,43 @@ class UpdateMap:
     def __init__(
         self,
         model: nn.Module,
-        task: Task | CoupledTask,
+        task: AnyTask,
         rule: UpdateRule,
         groups: Sequence[Sequence[str]],
         clip_norm: float | None = None,
         evaluation_modules: Sequence[str] = (),
+        meta: nn.Module | None = None,
     ):
         self.model, self.task, self.rule, self.clip_norm = model, task, rule, clip_norm
         self.groups = tuple(tuple(group) for group in groups)
         self.evaluation_modules = tuple(evaluation_modules)
-        self._group_of = {name: index for index, group in enumerate(self.groups) for name in group}
+        self._rule = ClippedRule(rule, self.groups, clip_norm)
         # The norm of a gradient depends on the order of its parts, by rounding: the module's order is the order everywhere.
-        self.names = tuple(name for name, _ in model.named_parameters() if name in self._group_of)
+        self.names = tuple(name for name, _ in model.named_parameters() if name in self._rule.group_of)
         self._bound = BoundModel(model)
+        self.meta_module = meta
+        own = {} if meta is None else {name: leaf for name, leaf in meta.named_parameters() if leaf.requires_grad}
+        self.meta = {name: leaf.detach().clone() for name, leaf in own.items()}
         self._used: frozenset[str] | None = None  # parameters that get a gradient at all
+
+    def with_meta(self, meta: Params) -> "UpdateMap":
+        """Return the same map with other meta-parameters, copied.
+
+        Raises:
+            InputError: names or shapes are not those of the meta-module.
+        """
+        shapes = [{name: tuple(leaf.shape) for name, leaf in given.items()} for given in (self.meta, meta)]
+        if shapes[0] != shapes[1]:
+            raise InputError(f"the meta-parameters of this run are {shapes[0]}, got {shapes[1]}.")
+        changed = copy(self)
+        changed.meta = {name: leaf.detach().clone() for name, leaf in meta.items()}
+        return changed
+
+    def with_clip_norm(self, clip_norm: float) -> "UpdateMap":
+        """Return the same map with gradients clipped to another norm."""
+        changed = copy(self)
+        changed.clip_norm, changed._rule = clip_norm, ClippedRule(self.rule, self.groups, clip_norm)
+        return changed
 
     # ------------------------------------------------------------------ the map itself
 
@@ -109,7 +143,7 @@ class UpdateMap:
         found = torch.autograd.grad(loss, [params[name] for name in names], allow_unused=True)
         grads = {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
         with torch.no_grad():
-            params, slots = self.update(state.params, state.slots, self._clip(grads), inputs.hyper)
+            params, slots = self.update(state.params, state.slots, self._rule.clip(grads), inputs.hyper)
         return TrainingState(params, slots, {name: leaf.detach() for name, leaf in buffers.items()}, state.step + 1)
 
     def many(
@@ -135,7 +169,7 @@ class UpdateMap:
                 return self._loss(params, written, replace(inputs, batch=batch), weights), written
 
             grads, written = torch.func.grad(loss, has_aux=True)(params)
-            grads = self._clip({name: leaf for name, leaf in grads.items() if name in used})
+            grads = self._rule.clip({name: leaf for name, leaf in grads.items() if name in used})
             return *self.update(params, slots, grads, inputs.hyper), written
 
         axes = (0, 0, 0, 0, 0 if own_batches else None)
@@ -146,29 +180,29 @@ class UpdateMap:
 
     def update(self, params: Params, slots: Slots, grads: Params, hyper: tuple[Hyper, ...]) -> tuple[Params, Slots]:
         """Apply the update rule U. A parameter without gradient stays as it is, as in torch."""
-        new_params, new_slots = dict(params), {slot: dict(leaves) for slot, leaves in slots.items()}
-        for name, grad in grads.items():
-            own = {slot: slots[slot][name] for slot in self.rule.slots}
-            new_params[name], changed = self.rule.apply(params[name], own, grad, hyper[self._group_of[name]])
-            for slot, leaf in changed.items():
-                new_slots[slot][name] = leaf
-        return new_params, new_slots
+        return self._rule.apply(params, slots, grads, hyper)
 
     def group_of(self, name: str) -> int:
         """Return the index of the optimizer group that a parameter belongs to."""
-        return self._group_of[name]
+        return self._rule.group_of[name]
 
     def measurements(self, state: TrainingState, batch: object) -> Float[Tensor, " query"]:
         """Evaluate the task's measurements at ``state``, in evaluation mode; differentiable in the state's tensors."""
+        return self.ask(lambda model: self.task.measurements(model, batch), state)
+
+    def ask(self, function: Callable[[nn.Module], Tensor], state: TrainingState) -> Tensor:
+        """Evaluate ``function(model)`` at ``state``, in evaluation mode; differentiable in the state's tensors."""
         with evaluation_mode(self.model), torch.enable_grad():
-            return self._bound(self.task.measurements, {**state.params, **state.buffers}, batch)
+            return self._bound(function, {**state.params, **state.buffers})
 
     def losses(self, state: TrainingState, batch: object) -> Float[Tensor, " batch"]:
         """Per-example losses at ``state``, in evaluation mode; differentiable in the state's tensors."""
         if isinstance(self.task, CoupledTask):
             raise InputError(f"{type(self.task).__name__} couples the examples of a batch: it has no per-example losses.")
         with evaluation_mode(self.model), torch.enable_grad():
-            return self._bound(self.task.losses, {**state.params, **state.buffers}, batch)
+            task: Any = self.task
+            losses = task.losses if self.meta_module is None else self._losses_with_meta(state.step)
+            return self._bound(losses, {**state.params, **state.buffers}, batch)
 
     # ------------------------------------------------------------------ its Jacobian products
 
@@ -180,6 +214,7 @@ class UpdateMap:
         route: Route = "batched",
         out: StateVectors | None = None,
         curvature: StepCurvature = "hessian",
+        wrt: frozenset[str] = frozenset(),
     ) -> Pullback:
         """Pull costates of s_{t+1} back to s_t: ``Aᵀ λ``, and the scores ``⟨λ, ∂Φ/∂w_i⟩`` of the batch's examples.
 
@@ -190,26 +225,33 @@ class UpdateMap:
             route: ``"batched"`` reverses many costates at once, ``"loop"`` one after the other.
             out: where to write the costates of s_t; may be ``costates`` itself, which saves memory and much time.
             curvature: ``"gauss_newton"`` puts the batch's Gauss-Newton matrix in the place of its Hessian.
+            wrt: names of other inputs to differentiate by (see ``step_inputs.py``).
 
         Raises:
             NoSecondDerivative: a kernel of the model can be differentiated only once.
-            InputError: the task does not say what a Gauss-Newton matrix needs to know (see `SplitTask`).
+            InputError: the task does not say what a Gauss-Newton matrix needs to know (see `SplitTask`), or ``wrt`` names what
+                is no input of this step.
         """
-        costates = self._with_all_slots(costates)
-        graph = self._graph(state, inputs, curvature)
-        jacobians = self._rule_jacobians(state, graph.grads, inputs)
+        costates = self._rule.with_all_slots(costates)
+        self.check_inputs(wrt, inputs)
+        leaves, rebuild = self._input_leaves(state, inputs, wrt)
+        leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
+        graph = self._graph(state, rebuild(leaves) if leaves else inputs, curvature, leaves)
+        rule, by_inputs = self._rule.at(state, graph.grads, inputs.hyper, wrt), []
         target = costates.map(torch.empty_like) if out is None else out
         scores = graph.weights.new_zeros(len(costates), len(graph.weights))
         size = max(1, min(len(costates), _SCALARS_AT_ONCE // count(state.params)))
         for start in range(0, len(costates), size):
             rows = slice(start, start + size)
             part = costates[rows]
-            carried, gamma = self._pull_through_rule(part, jacobians, graph.grads)
+            carried, gamma, by_hyper = rule.pull(part)
             last = start + size >= len(costates)
             products, own_scores = graph.reverse(gamma, part.buffers, route, retain_graph=not last)
             if own_scores is None:
                 raise InputError(f"the loss of {type(self.task).__name__} does not depend on the example weights it is given.")
             scores[rows] = own_scores
+            found = {name: _or_zeros(products[name], leaf, len(part)) for name, leaf in leaves.items()}
+            by_inputs.append(InputVectors.of(by_hyper, found))
             for name, direct in carried.params.items():
                 product = products[name]
                 torch.add(direct, 0.0 if product is None else product, out=target.params[name][rows])
@@ -221,7 +263,55 @@ class UpdateMap:
                 # A buffer that the step writes gets all of its costate from the reverse pass, any other keeps what it had.
                 kept = torch.zeros_like(direct) if name in graph.written else direct
                 target.buffers[name][rows] = kept if product is None else kept + product
-        return Pullback(target, scores)
+        return Pullback(target, scores, InputVectors.cat(by_inputs))
+
+    def pullback_by_differences(
+        self, state: TrainingState, inputs: StepInputs, costates: StateVectors, radius: float, wrt: frozenset[str] = frozenset()
+    ) -> Pullback:
+        """Do what `pullback` does without second derivatives: by central differences of the loss's first ones along γ.
+
+        Args:
+            state: s_t.
+            inputs: u_t.
+            costates: λ_{t+1}. Those of buffers are dropped: what buffers owe to parameters has no gradient to differ.
+            radius: length of the step to either side.
+            wrt: names of other inputs to differentiate by.
+        """
+        costates = self._rule.with_all_slots(costates)
+        self.check_inputs(wrt, inputs)
+        leaves, rebuild = self._input_leaves(state, inputs, wrt)
+        some = next(iter(state.params.values()))
+        weights = some.new_ones(len(inputs.example_ids)) if inputs.weights is None else inputs.weights.to(some)
+        sources = {**state.params, **leaves, "example_weights": weights}
+
+        def gradient(params: Params) -> Params:
+            own = {name: leaf.detach().requires_grad_() for name, leaf in {**sources, **params}.items()}
+            buffers = {name: leaf.clone() for name, leaf in state.buffers.items()}
+            at = {name: own[name] for name in state.params}
+            step = rebuild({name: own[name] for name in leaves})
+            loss = self._loss(at, buffers, step, own["example_weights"])
+            found = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
+            return {name: grad for name, grad in zip(own, found, strict=True) if grad is not None}
+
+        used = {name: grad for name, grad in gradient(state.params).items() if name in state.params}
+        carried, gamma, by_hyper = self._rule.at(state, used, inputs.hyper, wrt).pull(costates)
+        found = {name: leaf.new_zeros(len(costates), *leaf.shape) for name, leaf in sources.items()}
+        for row in range(len(costates)):
+            direction = {name: leaf[row] for name, leaf in gamma.items()}
+            norm = torch.stack([leaf.norm() for leaf in direction.values()]).norm()
+            if norm == 0:
+                continue
+            length = radius / norm
+            sides = [
+                gradient({name: leaf + sign * length * direction[name] for name, leaf in state.params.items() if name in gamma})
+                for sign in (1, -1)
+            ]
+            for name in sides[0]:
+                found[name][row] = (sides[0][name] - sides[1][name]) / (2 * length)
+        params = {name: leaf + found[name] for name, leaf in carried.params.items()}
+        others = InputVectors.of(by_hyper, {name: found[name] for name in leaves})
+        buffers = {name: torch.zeros_like(leaf) for name, leaf in costates.buffers.items()}
+        return Pullback(StateVectors(params, carried.slots, buffers), found["example_weights"], others)
 
     def pushforward(
         self,
@@ -229,194 +319,144 @@ class UpdateMap:
         inputs: StepInputs,
         tangents: StateVectors,
         weight_tangents: Float[Tensor, "tangent batch"] | None = None,
+        input_tangents: InputVectors | None = None,
     ) -> StateVectors:
-        """Push tangents of s_t (and of the example weights) forward to s_{t+1}: ``A δ + B v``.
+        """Push tangents of s_t (and of the step's inputs) forward to s_{t+1}: ``A δ + B v``.
 
         Args:
             state: s_t.
             inputs: u_t.
             tangents: δ_t, a leading axis ``tangent`` on every leaf.
             weight_tangents: v, the direction in which the example weights of this batch move.
+            input_tangents: v of other inputs.
         """
-        tangents = self._with_all_slots(tangents)
+        others = InputVectors() if input_tangents is None else input_tangents
+        wrt: frozenset[str] = frozenset({*others.hyper, *others.batch} | ({"meta"} if others.meta else set()))
+        self.check_inputs(wrt, inputs)
+        leaves, rebuild = self._input_leaves(state, inputs, wrt)
+        own = {name: leaf for name, leaf in others.leaves().items() if name in leaves}
+        tangents = self._rule.with_all_slots(tangents)
         ones = torch.ones(len(inputs.example_ids), dtype=_dtype(state.params))
         weights = ones if inputs.weights is None else inputs.weights.to(ones)
         moves = weights.new_zeros(len(tangents), len(weights)) if weight_tangents is None else weight_tangents.to(weights)
 
-        def gradient(params: Params, buffers: Params, weights: Tensor) -> tuple[Params, Params]:
+        def gradient(params: Params, buffers: Params, weights: Tensor, leaves: Params) -> tuple[Params, Params]:
             def loss(params: Params) -> tuple[Tensor, Params]:
                 written = {name: leaf.clone() for name, leaf in {**state.buffers, **buffers}.items()}
                 with twice_differentiable(own_functions=False):
-                    value = self._loss(params, written, inputs, weights)
+                    value = self._loss(params, written, rebuild(leaves), weights)
                 return value, {name: written[name] for name in buffers}
 
             return torch.func.grad(loss, has_aux=True)(params)
 
-        def push(params: Params, buffers: Params, weights: Tensor) -> tuple[Params, Params]:
+        def push(params: Params, buffers: Params, weights: Tensor, others: Params) -> tuple[Params, Params]:
             moving = {name: state.buffers[name] for name in buffers}
-            primals = (state.params, moving, weights_now)
-            return torch.func.jvp(gradient, primals, (params, buffers, weights))[1]
+            primals = (state.params, moving, weights_now, leaves)
+            return torch.func.jvp(gradient, primals, (params, buffers, weights, others))[1]
 
         weights_now = weights
-        grad_tangents, buffer_tangents = torch.func.vmap(push, randomness="same")(tangents.params, tangents.buffers, moves)
+        pushed = torch.func.vmap(push, randomness="same")(tangents.params, tangents.buffers, moves, own)
+        grad_tangents, buffer_tangents = pushed
         used = StepGraph(self._loss, state, inputs).grads
-        grads = {name: leaf.detach() for name, leaf in used.items()}
-        return self._push_through_rule(state, inputs, tangents, grads, grad_tangents, buffer_tangents)
+        rule = self._rule.at(state, used, inputs.hyper, wrt)
+        return StateVectors(*rule.push(tangents, grad_tangents, others.hyper), buffer_tangents)
 
-    # ------------------------------------------------------------------ the rule's and the clipping's share
+    # ------------------------------------------------------------------ inputs to differentiate by
 
-    def _pull_through_rule(
-        self, costates: StateVectors, jacobians: dict[str, Jacobian], grads: Params
-    ) -> tuple[StateVectors, Params]:
-        """Pull back through U and the clipping: (λ_θ', λ_o') → (a_θ, λ_o) and γ."""
-        params, slots, gamma = {}, {slot: {} for slot in costates.slots}, {}
-        for name, leaf in costates.params.items():
-            outgoing = {"parameter": leaf, **{slot: leaves[name] for slot, leaves in costates.slots.items()}}
-            if name not in jacobians:
-                pulled = outgoing
-            else:
-                pulled = {}
-                terms = {
-                    source: [(jacobians[name][target][source], vector) for target, vector in outgoing.items()]
-                    for source in (*outgoing, "gradient")
-                }
-                gamma[name] = combine(terms["gradient"], leaf)
-                for source in outgoing:
-                    ratio = None if source == "parameter" else share(terms[source], terms["gradient"])
-                    pulled[source] = combine(terms[source], leaf) if ratio is None else gamma[name] * ratio
-                    if any(pulled[source] is vector for other, vector in outgoing.items() if other != source):
-                        pulled[source] = pulled[source].clone()  # in place, the other leaf may be overwritten first
-            params[name] = pulled["parameter"]
-            for slot in costates.slots:
-                slots[slot][name] = pulled[slot]
-        return StateVectors(params, slots, {}), self._clip_derivative(grads, gamma)
+    def check_inputs(self, wrt: frozenset[str], inputs: StepInputs) -> None:
+        """Refuse names in ``wrt`` that are no inputs of this step.
 
-    def _push_through_rule(
-        self,
-        state: TrainingState,
-        inputs: StepInputs,
-        tangents: StateVectors,
-        grads: Params,
-        grad_tangents: Params,
-        buffer_tangents: Params,
-    ) -> StateVectors:
-        moved = self._clip_derivative(grads, {name: grad_tangents[name] for name in grads})
-        jacobians = self._rule_jacobians(state, grads, inputs)
-        params, slots = dict(tangents.params), {slot: dict(leaves) for slot, leaves in tangents.slots.items()}
-        for name, jacobian in jacobians.items():
-            incoming = {"parameter": tangents.params[name], "gradient": moved[name]}
-            incoming |= {slot: leaves[name] for slot, leaves in tangents.slots.items()}
-            pushed = {}
-            for target, row in jacobian.items():
-                pushed[target] = combine([(row[source], vector) for source, vector in incoming.items()], tangents.params[name])
-            params[name] = pushed["parameter"]
-            for slot in slots:
-                slots[slot][name] = pushed[slot]
-        return StateVectors(params, slots, buffer_tangents)
+        Raises:
+            InputError: with the names that are.
+        """
+        allowed = self.inputs_of(inputs)
+        if not wrt <= allowed:
+            raise InputError(
+                f"{sorted(wrt - allowed)} did not go into this training. What did, and can be differentiated by: "
+                f"{sorted(allowed)}."
+                + (" For momentum, train with momentum above 0." if wrt & {"momentum"} else "")
+                + (" For meta, record with meta=module." if "meta" in wrt - allowed else "")
+            )
 
-    def _rule_jacobians(self, state: TrainingState, grads: Params, inputs: StepInputs) -> dict[str, Jacobian]:
-        """The Jacobian of U for each parameter that has a gradient, taken at the clipped gradient."""
-        jacobians = {}
-        for name, grad in self._clip({name: leaf.detach() for name, leaf in grads.items()}).items():
-            own = {slot: state.slots[slot][name] for slot in self.rule.slots}
-            jacobians[name] = elementwise_jacobian(self.rule, state.params[name], own, grad, inputs.hyper[self._group_of[name]])
-        return jacobians
+    def inputs_of(self, inputs: StepInputs) -> set[str]:
+        """Return the names of what went into a step and can be differentiated by, other than the example weights."""
+        allowed = {name for hyper in inputs.hyper for name in hyper if name != "step"} | set(batch_names(inputs.batch))
+        if "velocity" not in self.rule.slots:
+            allowed -= {"momentum", "dampening"}  # there is no term that they could scale
+        return allowed | ({"clip_norm"} if self.clip_norm is not None else set()) | ({"meta"} if self.meta else set())
 
-    def _with_all_slots(self, vectors: StateVectors) -> StateVectors:
-        """Fill slots that are left out with zeros."""
-        missing = [slot for slot in self.rule.slots if slot not in vectors.slots]
-        zeros = {slot: {name: torch.zeros_like(leaf) for name, leaf in vectors.params.items()} for slot in missing}
-        return replace(vectors, slots={**vectors.slots, **zeros}) if missing else vectors
+    def _input_leaves(self, state: TrainingState, inputs: StepInputs, wrt: frozenset[str]) -> tuple[dict[str, Tensor], Rebuild]:
+        def logits() -> Tensor | None:
+            task = self.task
+            if not isinstance(task, SplitTask):
+                return None
+            buffers = {name: leaf.clone() for name, leaf in state.buffers.items()}
+            with torch.no_grad():
+                return self._run(lambda model: task.outputs(model, inputs.batch), state.params, buffers, inputs)
 
-    def _clip(self, grads: Params) -> Params:
-        if self.clip_norm is None or not grads:
-            return grads
-        scale = torch.clamp(self.clip_norm / (_global_norm(grads) + _CLIP_GUARD), max=1.0)
-        return {name: leaf * scale for name, leaf in grads.items()}
-
-    def _clip_derivative(self, grads: Params, vectors: Params) -> Params:
-        """Multiply by ∂g'/∂g, which is symmetric: the same product serves tangents and costates."""
-        if self.clip_norm is None or not grads:
-            return vectors
-        grads = {name: leaf.detach() for name, leaf in grads.items()}
-        norm = _global_norm(grads)
-        scale = self.clip_norm / (norm + _CLIP_GUARD)
-        if scale >= 1:
-            return vectors
-        along = batched_inner(vectors, grads) * (scale / (norm * (norm + _CLIP_GUARD)))
-        return {name: scale * leaf - along.view(-1, *[1] * grads[name].dim()) * grads[name] for name, leaf in vectors.items()}
+        return input_leaves(inputs, wrt, self.meta if inputs.meta is None else inputs.meta, logits)
 
     # ------------------------------------------------------------------ running the user's code
 
-    def _graph(self, state: TrainingState, inputs: StepInputs, curvature: StepCurvature) -> StepGraph | GaussNewtonGraph:
+    def graph(self, state: TrainingState, inputs: StepInputs) -> StepGraph:
+        """Return the graph of the batch gradient at ``state``, to be reversed for as many costates as one likes."""
+        return StepGraph(self._loss, state, inputs)
+
+    def linearised_rule(self, state: TrainingState, grads: Params, inputs: StepInputs) -> LinearisedRule:
+        """Return clipping and update rule, linearised at ``state`` and a batch gradient."""
+        return self._rule.at(state, grads, inputs.hyper)
+
+    def _graph(
+        self, state: TrainingState, inputs: StepInputs, curvature: StepCurvature, others: dict[str, Tensor]
+    ) -> StepGraph | GaussNewtonGraph:
         if curvature == "hessian":
-            return StepGraph(self._loss, state, inputs)
+            return StepGraph(self._loss, state, inputs, others)
+        if self.meta_module is not None or others:
+            raise InputError(
+                'curvature="gauss_newton" differentiates by example weights and hyperparameters only, and knows no '
+                'meta-modules. Use curvature="hessian".'
+            )
         return GaussNewtonGraph(self.task, self._run, state, inputs)
 
     def _loss(self, params: Params, buffers: Params, inputs: StepInputs, weights: Tensor | None) -> Tensor:
         """Evaluate the loss of the step in training mode, with its own random numbers; ``buffers`` is written to."""
 
         def loss(model: nn.Module) -> Tensor:
-            return weighted_loss(self.task, model, inputs.batch, weights, len(inputs.example_ids))
+            batch, size = inputs.batch, len(inputs.example_ids)
+            if self.meta_module is None:
+                return weighted_loss(self.task, model, batch, weights, size)
+            return self._with_meta(
+                lambda meta: weighted_loss(self.task, model, batch, weights, size, meta), inputs.step, inputs.meta
+            )
 
         return self._run(loss, params, buffers, inputs)
+
+    def _losses_with_meta(self, step: int) -> Callable[[nn.Module, Any], Tensor]:
+        task: Any = self.task
+
+        def losses(model: nn.Module, batch: Any) -> Tensor:
+            return self._with_meta(lambda meta: task.losses(model, batch, meta), step, None)
+
+        return losses
+
+    def _with_meta(self, function: Callable[[Meta], Any], step: int, params: Params | None) -> Any:
+        assert self.meta_module is not None
+        tensors = {name: leaf.clone() for name, leaf in self.meta_module.named_buffers()}  # what is written to them is dropped
+        tensors |= self.meta if params is None else params
+        return BoundModel(self.meta_module)(lambda module: function(Meta(module, step)), tensors)
 
     def _run(self, function: Callable[[nn.Module], Any], params: Params, buffers: Params, inputs: StepInputs) -> Any:
         """Evaluate ``function(model)`` as a step does: in training mode, with its random numbers, writing to ``buffers``."""
         tensors = {**params, **buffers}
-        with self._training_mode(), torch.enable_grad(), seeded(inputs.seed, params):
+        with training_mode(self.model, self.evaluation_modules), torch.enable_grad(), seeded(inputs.seed, params):
             value = self._bound(function, tensors)
         for name in buffers:
             buffers[name] = tensors[name]
         return value
 
-    @contextmanager
-    def _training_mode(self) -> Iterator[None]:
-        with _keeping_modes(self.model):
-            self.model.train()
-            for name in self.evaluation_modules:
-                self.model.get_submodule(name).training = False
-            yield
 
-
-@contextmanager
-def seeded(seed: int, params: Mapping[str, Tensor]) -> Iterator[None]:
-    """Draw this step's random numbers from ``seed`` and give the global generators back as they were."""
-    device = next(iter(params.values())).device
-    generators = [torch.default_generator]
-    if device.type == "cuda":
-        generators.append(torch.cuda.default_generators[device.index or 0])
-    before = [generator.get_state() for generator in generators]
-    for generator in generators:
-        generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, before, strict=True):
-            generator.set_state(state)
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Put all modules into evaluation mode, and back as they were."""
-    with _keeping_modes(model):
-        model.eval()
-        yield
-
-
-@contextmanager
-def _keeping_modes(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _global_norm(grads: Params) -> Tensor:
-    # The same operations as torch.nn.utils.clip_grad_norm_, so that a replay has the same bits.
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(leaf) for leaf in grads.values()]))
+def _or_zeros(product: Tensor | None, leaf: Tensor, count: int) -> Tensor:
+    return leaf.new_zeros(count, *leaf.shape) if product is None else product
 
 
 def _dtype(params: Params) -> torch.dtype:
