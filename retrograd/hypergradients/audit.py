@@ -9,8 +9,8 @@
 | ``outcome's data alone`` | anew on the data of the outcome, without the training data | they only passed these data on |
 
 All on data that neither training nor outcome saw. The gap between the first two is what a warm start hid in the model's
-parameters; Vicol et al. (2022) saw 97.5 % become 17 %. Each arm is trained ``repeats`` times from other starts, if ``vary`` says
-how they differ; intervals are two standard errors of the mean.
+parameters; Vicol et al. (2022) saw 97.5 % become 17 %. Each arm is trained ``repeats`` times from other starts, if ``vary``
+says how they differ; intervals are two standard errors of the mean.
 
 Reference: Vicol, Lorraine, Pedregosa, Duvenaud, Grosse (2022), "On implicit bias in overparameterized bilevel optimization".
 """

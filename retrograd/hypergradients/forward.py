@@ -13,7 +13,7 @@ Reference: Franceschi et al. (2017), "Forward and reverse gradient-based hyperpa
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,12 @@ MOST = 64  # numbers: beyond, reverse mode costs less and no more memory
 @dataclass(frozen=True)
 class Forward:
     """Forward mode, for few numbers."""
+
+    citation: ClassVar[str] = """@inproceedings{franceschi2017forward,
+  title = {Forward and Reverse Gradient-Based Hyperparameter Optimization},
+  author = {Franceschi, Luca and Donini, Michele and Frasconi, Paolo and Pontil, Massimiliano},
+  booktitle = {International Conference on Machine Learning}, year = {2017}
+}"""
 
     def derivatives(
         self, run: Trajectory, outcome: "Outcome | Queries", wrt: frozenset[str], notes: Notes

@@ -1,10 +1,11 @@
 """May a hypergradient be trusted? Retraining with changed inputs says so.
 
-    error(h) = |(f(z + h d) − f(z − h d)) / 2h − ⟨d f/d z, d⟩| / |⟨d f/d z, d⟩|          d a random direction, in units of z's scale
+    error(h) = |(f(z + h d) − f(z − h d)) / 2h − ⟨d f/d z, d⟩| / |⟨d f/d z, d⟩|      d a random direction, in units of z's scale
 
-As a function of h the error is V-shaped: rounding makes it large for small h, curvature for large h. Its minimum is what counts:
-one h alone may say that a right gradient is off by half. How far right of the V one can go says for how large a change of the
-inputs the gradient is any good; the **metasmoothness** of z along d, from trainings at z, z + hd, z + 2hd with h the largest size,
+As a function of h the error is V-shaped: rounding makes it large for small h, curvature for large h. Its minimum is what
+counts: one h alone may say that a right gradient is off by half. How far right of the V one can go says for how large a change
+of the inputs the gradient is any good; the **metasmoothness** of z along d, from trainings at z, z + hd, z + 2hd with h the
+largest size,
 
     S = Σ_j |Δ_j| sign(θ_j(z + hd) − θ_j(z)) sign(θ_j(z + 2hd) − θ_j(z + hd)) / Σ_j |Δ_j|,     Δ = θ(z + 2hd) − θ(z),
 
@@ -73,14 +74,12 @@ class Verdict:
 
     def __str__(self) -> str:
         """Say in words whether and how far to trust it, with the V of errors."""
-        curve = ", ".join(
-            f"{size:g}: {error:.1e}"
-            for size, error in zip(self.sizes, self.errors.nan_to_num(float("inf")).amax(0).tolist(), strict=True)
-        )
+        worst = self.errors.nan_to_num(float("inf")).amax(0).tolist()
+        curve = ", ".join(f"{size:g}: {error:.1e}" for size, error in zip(self.sizes, worst, strict=True))
         reach = [size for size, column in zip(self.sizes, self.errors.T, strict=True) if bool((column <= AGREES).all())]
         lines = [
             f"{'trusted' if self.trusted else 'NOT to be trusted'}: the derivative differs from retraining by {self.error:.1e} "
-            f"(of its size, along {len(self.predicted)} random direction{'s' if len(self.predicted) > 1 else ''}, at the best h)",
+            f"(of its size, at the best h; random directions: {len(self.predicted)})",
             f"largest error for each h: {curve}",
         ]
         if reach:

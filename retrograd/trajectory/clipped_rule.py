@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from retrograd.params import Params, Slots, batched_inner
-from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian, hyper_derivatives, share
+from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian, share
 from retrograd.trajectory.state import StateVectors, TrainingState
 from retrograd.update_rules import Hyper, UpdateRule
 
@@ -83,12 +83,13 @@ class LinearisedRule:
         self._parent, self._grads, self.clips = parent, grads, parent.clips(grads)
         self._by_clip_norm = "clip_norm" in wrt
         self.jacobians: dict[str, Jacobian] = {}
-        self._by_hyper: dict[str, dict[str, dict[str, Tensor]]] = {}
         for name, grad in parent.clip(grads).items():
             own = {slot: state.slots[slot][name] for slot in parent.rule.slots}
-            at = (parent.rule, state.params[name], own, grad, hyper[parent.group_of[name]])
-            self.jacobians[name] = elementwise_jacobian(*at)
-            self._by_hyper[name] = hyper_derivatives(*at, wrt & at[-1].keys())
+            numbers = hyper[parent.group_of[name]]
+            self.jacobians[name] = elementwise_jacobian(
+                parent.rule, state.params[name], own, grad, numbers, wrt & numbers.keys()
+            )
+        self._numbers = {name: wrt & hyper[parent.group_of[name]].keys() for name in self.jacobians}
 
     def pull(self, costates: StateVectors) -> tuple[StateVectors, Params, dict[str, Tensor]]:
         """Pull back: (λ_θ', λ_o') → (a_θ, λ_o), γ, and the cotangents of hyperparameters, ``[query, group]``."""
@@ -110,10 +111,10 @@ class LinearisedRule:
                     pulled[source] = combine(terms[source], leaf) if ratio is None else gamma[name] * ratio
                     if any(pulled[source] is vector for other, vector in outgoing.items() if other != source):
                         pulled[source] = pulled[source].clone()  # in place, the other leaf may be overwritten first
-                for number, changes in self._by_hyper[name].items():
+                for number in self._numbers[name]:
                     total = by_hyper.setdefault(number, leaf.new_zeros(len(leaf), self._parent.count))
-                    for target, change in changes.items():
-                        total[:, self._parent.group_of[name]] += batched_inner({name: outgoing[target]}, {name: change})
+                    moved = combine([(jacobian[target][number], vector) for target, vector in outgoing.items()], leaf)
+                    total[:, self._parent.group_of[name]] += moved.flatten(1).sum(1)
             params[name] = pulled["parameter"]
             for slot in costates.slots:
                 slots[slot][name] = pulled[slot]
@@ -133,13 +134,12 @@ class LinearisedRule:
         for name, jacobian in self.jacobians.items():
             incoming = {"parameter": tangents.params[name], "gradient": moved[name]}
             incoming |= {slot: leaves[name] for slot, leaves in tangents.slots.items()}
+            for number in self._numbers[name]:
+                speed = hyper_tangents[number][:, self._parent.group_of[name]]
+                incoming[number] = _outer(speed, torch.ones_like(moved[name][0]))
             pushed = {}
             for target, row in jacobian.items():
                 pushed[target] = combine([(row[source], vector) for source, vector in incoming.items()], tangents.params[name])
-            for number, changes in self._by_hyper[name].items():
-                speed = hyper_tangents[number][:, self._parent.group_of[name]]
-                for target, change in changes.items():
-                    pushed[target] = pushed[target] + _outer(speed, change)
             params[name] = pushed["parameter"]
             for slot in slots:
                 slots[slot][name] = pushed[slot]

@@ -12,42 +12,30 @@ Coefficient = Tensor | float
 Jacobian = dict[str, dict[str, Coefficient]]
 
 
-def elementwise_jacobian(rule: UpdateRule, parameter: Tensor, slots: Params, gradient: Tensor, hyper: Hyper) -> Jacobian:
+def elementwise_jacobian(
+    rule: UpdateRule, parameter: Tensor, slots: Params, gradient: Tensor, hyper: Hyper, numbers: Iterable[str] = ()
+) -> Jacobian:
     """Jacobian of an elementwise rule: for each output and input one coefficient a coordinate.
 
     Because U acts on each coordinate alone, reversing it with ones gives ∂out/∂in of every coordinate at once. These few
     numbers are computed once a step and shared by all queries. A coefficient that is the same everywhere becomes a
     number, so that a multiplication by 1 or 0 is never carried out on ``[query, P]``.
+
+    The hyperparameters that ``numbers`` names are taken as one more input each, with a value of its own in every coordinate.
     """
     inputs = {"parameter": parameter, **slots, "gradient": gradient}
+    moved = {number: torch.full_like(parameter, float(hyper[number])) for number in sorted(numbers)}
+    inputs |= moved
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.items()}
     with torch.enable_grad():
         own = {slot: leaves[slot] for slot in slots}
-        new_parameter, new_slots = rule.apply(leaves["parameter"], own, leaves["gradient"], hyper)
+        at = {**hyper, **{number: leaves[number] for number in moved}}
+        new_parameter, new_slots = rule.apply(leaves["parameter"], own, leaves["gradient"], at)
     jacobian: Jacobian = {}
     for target, output in {"parameter": new_parameter, **new_slots}.items():
         found = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output), True, allow_unused=True)
         jacobian[target] = {source: _simplest(row) for source, row in zip(leaves, found, strict=True)}
     return jacobian
-
-
-def hyper_derivatives(
-    rule: UpdateRule, parameter: Tensor, slots: Params, gradient: Tensor, hyper: Hyper, numbers: Iterable[str]
-) -> dict[str, dict[str, Tensor]]:
-    """Derivatives of an elementwise rule by some of its hyperparameters: number → output → one value a coordinate.
-
-    By forward mode, since one number moves all coordinates.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    for number in sorted(numbers):
-        value = torch.as_tensor(hyper[number]).to(parameter)
-
-        def step(value: Tensor, number: str = number) -> Params:
-            new_parameter, new_slots = rule.apply(parameter, slots, gradient, {**hyper, number: value})
-            return {"parameter": new_parameter, **new_slots}
-
-        found[number] = torch.func.jvp(step, (value,), (torch.ones_like(value),))[1]
-    return found
 
 
 def _simplest(coefficients: Tensor | None) -> Coefficient:
