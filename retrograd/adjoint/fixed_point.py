@@ -69,7 +69,10 @@ class FixedPoint:
         iterations: of conjugate gradients at most, or terms of the Neumann series.
         tolerance: relative residual at which conjugate gradients stop.
         shift: added to the curvature, in its units (loss per squared unit of the parameters).
-        step: α, factor on the optimizer's own long-run step in the Neumann series.
+        step: α, factor on the optimizer's own long-run step in the Neumann series, or that step itself.
+        preconditioned: whether the Neumann series takes S for each coordinate, or one number for all: Σ_j (I − α(H + D/S))^j α.
+            The solution is the same; a truncated series is not. S of an Adam that still follows single gradients may be
+            negative, and then the series with S diverges.
         rank: of the Nyström approximation.
         window: how many last steps Φ is the mean of; as many as went through the data once, if not given.
         seed: of the Nyström approximation's random directions.
@@ -80,6 +83,7 @@ class FixedPoint:
     tolerance: float = 1e-8
     shift: float = 0.0
     step: float = 1.0
+    preconditioned: bool = True
     rank: int = 50
     window: int | None = None
     seed: int = 0
@@ -141,11 +145,17 @@ class FixedPoint:
             yield inputs, inputs.step, pullback
 
     def _steps(self, run: Trajectory) -> range:
-        count = self.window or max(1, round(len(run.examples) / len(run.records[-1].example_ids)))
-        return range(max(0, len(run) - count), len(run))
+        if self.window is not None:
+            return range(max(0, len(run) - self.window), len(run))
+        first, seen = len(run), 0
+        while first > 0 and seen < len(run.examples):
+            first -= 1
+            seen += len(run.records[first].example_ids)
+        return range(first, len(run))
 
     def _solve(self, system: "_System", cotangents: StateVectors, notes: Notes) -> StateVectors:
-        right = system.flat(system.through_buffers(cotangents))
+        through, buffers = system.through_buffers(cotangents)
+        right = system.flat(through)
         steps = system.steps
 
         def multiply(rows: Tensor) -> Tensor:
@@ -168,7 +178,7 @@ class FixedPoint:
                 right,
                 step=self.step,
                 iterations=self.iterations,
-                preconditioner=lambda rows: rows * steps,
+                preconditioner=(lambda rows: rows * steps) if self.preconditioned else None,
             )
         else:
             solution = _judged(multiply, right, right * steps, 0)
@@ -176,7 +186,7 @@ class FixedPoint:
             solver_residual=max(notes.entries.get("solver_residual", 0.0), solution.residuals.max().item()),
             solver_iterations=solution.iterations,
         )
-        return system.costates(solution.values, cotangents)
+        return system.costates(solution.values, cotangents, buffers)
 
 
 def _judged(multiply: Callable[[Tensor], Tensor], right: Tensor, values: Tensor, iterations: int) -> Solution:
@@ -228,11 +238,11 @@ class _System:
     def multiply(self, rows: Tensor) -> Tensor:
         return self._products(unflatten(rows, self._like), {})[0] + self._decay * rows
 
-    def through_buffers(self, cotangents: StateVectors) -> Params:
-        """Return ∇_θ f with what f owes to θ through running averages in the buffers."""
+    def through_buffers(self, cotangents: StateVectors) -> tuple[Params, Params]:
+        """Return ∇_θ f with what f owes to θ through running averages in the buffers, and λ*_b of these."""
         written = {name: leaf for name, leaf in cotangents.buffers.items() if name in self._written and leaf.any()}
         if not written:
-            return cotangents.params
+            return cotangents.params, {}
         zeros = {name: torch.zeros_like(cotangents.params[name]) for name in self._names}
         _, kept = self._products(zeros, written)
         settled = {}
@@ -243,10 +253,10 @@ class _System:
             settled[name] = leaf / (1 - share)
         moved, _ = self._products(zeros, settled)
         found = unflatten(moved, self._like)
-        return {name: leaf + found[name] if name in found else leaf for name, leaf in cotangents.params.items()}
+        return {name: leaf + found[name] if name in found else leaf for name, leaf in cotangents.params.items()}, settled
 
-    def costates(self, solved: Tensor, cotangents: StateVectors) -> StateVectors:
-        """Return λ* for the solutions μ."""
+    def costates(self, solved: Tensor, cotangents: StateVectors, buffers: Params) -> StateVectors:
+        """Return λ* for the solutions μ, with λ*_b: what is fed to a model moves its running averages directly, too."""
         moved = unflatten(solved / self.steps, self._like)
         params = {name: moved.get(name, torch.zeros_like(leaf)) for name, leaf in cotangents.params.items()}
         slots = {
@@ -256,7 +266,7 @@ class _System:
             }
             for slot in self._map.rule.slots
         }
-        return StateVectors(params, slots, {})
+        return StateVectors(params, slots, buffers)
 
     def _products(self, gamma: Params, buffers: Params) -> tuple[Tensor, Params]:
         """Mean over the steps of H γ + (∂b'/∂θ)ᵀ λ_b, and of (∂b'/∂b)ᵀ λ_b."""
@@ -273,10 +283,10 @@ class _System:
         return total, kept
 
     def _drift(self, run: Trajectory) -> float:
-        """How far the run would move at its present pace, over how far it came."""
+        """How far the run would move at its present pace, over how far it came (at least a thousandth of its size)."""
         now, start = flatten(self.state.params.values()), flatten(run.state(0).params.values())
         moved = sum((flatten(self._map(self.state, inputs).params.values()) - now) / len(self.inputs) for inputs in self.inputs)
-        came = (now - start).norm()
+        came = torch.maximum((now - start).norm(), 1e-3 * now.norm())  # a run may begin where it ends
         return (len(run) * torch.as_tensor(moved).norm() / came.clamp(min=torch.finfo(now.dtype).tiny)).item()
 
 

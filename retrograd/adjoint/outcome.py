@@ -12,6 +12,7 @@ from retrograd.adjoint.queries import Queries, moved_buffers
 from retrograd.errors import InputError, NonFinite
 from retrograd.params import map_slots
 from retrograd.trajectory import Run, StateVectors, TrainingState, UpdateMap
+from retrograd.trajectory.kernels import twice_differentiable
 
 
 class Outcome:
@@ -46,7 +47,8 @@ class Outcome:
         params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
         moving = {name: state.buffers[name].detach().requires_grad_() for name in moved_buffers(run, state, also)}
         leaves = [*params.values(), *moving.values()]
-        values = self.values(run.update_map, TrainingState(params, {}, {**state.buffers, **moving}, state.step))
+        with twice_differentiable():  # for the running statistics of batch norm
+            values = self.values(run.update_map, TrainingState(params, {}, {**state.buffers, **moving}, state.step))
         if not torch.isfinite(values).all():
             raise NonFinite(f"the outcome is {values.detach().tolist()}.")
         rows = [torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True) for value in values]

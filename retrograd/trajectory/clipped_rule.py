@@ -16,11 +16,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from retrograd.params import Params, Slots, batched_inner
+from retrograd.errors import InputError
+from retrograd.params import Params, Slots, batched_inner, flatten, unflatten
 from retrograd.trajectory.rule_jacobian import Jacobian, combine, elementwise_jacobian, share
 from retrograd.trajectory.state import StateVectors, TrainingState
 from retrograd.update_rules import Hyper, UpdateRule
 
+_JOINED = 1 << 16  # scalars: up to so many, starting torch's operations costs more than they do
 _CLIP_GUARD = 1e-6  # torch.nn.utils.clip_grad_norm_ divides by the norm plus this
 
 
@@ -83,12 +85,19 @@ class LinearisedRule:
         self._parent, self._grads, self.clips = parent, grads, parent.clips(grads)
         self._by_clip_norm = "clip_norm" in wrt
         self.jacobians: dict[str, Jacobian] = {}
-        for name, grad in parent.clip(grads).items():
-            own = {slot: state.slots[slot][name] for slot in parent.rule.slots}
-            numbers = hyper[parent.group_of[name]]
-            self.jacobians[name] = elementwise_jacobian(
-                parent.rule, state.params[name], own, grad, numbers, wrt & numbers.keys()
-            )
+        clipped = parent.clip(grads)
+        for names in _together(clipped, parent.group_of):
+            numbers = hyper[parent.group_of[names[0]]]
+            if "momentum" in wrt and numbers.get("momentum") == 0:
+                raise InputError(
+                    f"the group of {names[0]} has momentum 0, for which torch keeps no velocity, so the derivative by it is "
+                    "not known. Train that group with momentum above 0, however small."
+                )
+            slots = {slot: state.slots[slot] for slot in parent.rule.slots}
+            joined = [_join(own, names) for own in (state.params, clipped, *slots.values())]
+            own = dict(zip(slots, joined[2:], strict=True))
+            found = elementwise_jacobian(parent.rule, joined[0], own, joined[1], numbers, wrt & numbers.keys())
+            self.jacobians |= _split(found, {name: grads[name] for name in names})
         self._numbers = {name: wrt & hyper[parent.group_of[name]].keys() for name in self.jacobians}
 
     def pull(self, costates: StateVectors) -> tuple[StateVectors, Params, dict[str, Tensor]]:
@@ -114,7 +123,7 @@ class LinearisedRule:
                 for number in self._numbers[name]:
                     total = by_hyper.setdefault(number, leaf.new_zeros(len(leaf), self._parent.count))
                     moved = combine([(jacobian[target][number], vector) for target, vector in outgoing.items()], leaf)
-                    total[:, self._parent.group_of[name]] += moved.flatten(1).sum(1)
+                    total[:, self._parent.group_of[name]] += moved.reshape(len(moved), -1).sum(1)
             params[name] = pulled["parameter"]
             for slot in costates.slots:
                 slots[slot][name] = pulled[slot]
@@ -159,6 +168,38 @@ class LinearisedRule:
         """∂g'/∂c."""
         norm = _global_norm(self._grads) + _CLIP_GUARD
         return {name: leaf / norm for name, leaf in self._grads.items()}
+
+
+def _together(grads: Params, group_of: dict[str, int]) -> list[list[str]]:
+    """Cut the names of each group into parts that are linearised in one go: many small parameters cost one large one's time."""
+    parts: list[list[str]] = []
+    sizes: list[int] = []
+    for name, leaf in grads.items():
+        here = parts and group_of[parts[-1][0]] == group_of[name] and sizes[-1] + leaf.numel() <= _JOINED
+        if here:
+            parts[-1].append(name)
+            sizes[-1] += leaf.numel()
+        else:
+            parts.append([name])
+            sizes.append(leaf.numel())
+    return parts
+
+
+def _join(leaves: Params, names: list[str]) -> Tensor:
+    return leaves[names[0]] if len(names) == 1 else flatten(leaves[name] for name in names)
+
+
+def _split(jacobian: Jacobian, like: Params) -> dict[str, Jacobian]:
+    """Undo `_join` for every coefficient that is not one number for all."""
+    if len(like) == 1:
+        return dict.fromkeys(like, jacobian)
+    found: dict[str, Jacobian] = {name: {target: {} for target in jacobian} for name in like}
+    for target, row in jacobian.items():
+        for source, coefficient in row.items():
+            parts = unflatten(coefficient, like) if isinstance(coefficient, Tensor) else dict.fromkeys(like, coefficient)
+            for name, part in parts.items():
+                found[name][target][source] = part
+    return found
 
 
 def _outer(lengths: Tensor, direction: Tensor) -> Tensor:

@@ -55,20 +55,21 @@ _ACTIVATIONS = {
 
 
 @contextmanager
-def twice_differentiable(own_functions: bool = True) -> Iterator[None]:
+def twice_differentiable(own_functions: bool = True, shared: bool = True) -> Iterator[None]:
     """Within this context, models built of torch's modules can be differentiated twice.
 
     Args:
         own_functions: replace convolutions and activations, too; not under `torch.func`, whose transforms know only torch's.
+        shared: whether several costates will share the derivatives of activations; for a single one torch's own way is as good.
     """
-    with sdpa_kernel(SDPBackend.MATH), _SecondDerivatives(own_functions):
+    with sdpa_kernel(SDPBackend.MATH), _SecondDerivatives(own_functions, shared):
         yield
 
 
 class _SecondDerivatives(TorchFunctionMode):
-    def __init__(self, own_functions: bool):
+    def __init__(self, own_functions: bool, shared: bool):
         super().__init__()
-        self.own_functions = own_functions
+        self.own_functions, self.shared = own_functions, shared
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -78,7 +79,7 @@ class _SecondDerivatives(TorchFunctionMode):
             return _instance_norm(*args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
-        if self.own_functions and func in _ACTIVATIONS and not kwargs.get("inplace", False) and len(args) == 1:
+        if self.own_functions and self.shared and func in _ACTIVATIONS and not kwargs.get("inplace", False) and len(args) == 1:
             return _activation(func, args[0], kwargs)
         if self.own_functions and func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)

@@ -19,22 +19,38 @@ def elementwise_jacobian(
 
     Because U acts on each coordinate alone, reversing it with ones gives ∂out/∂in of every coordinate at once. These few
     numbers are computed once a step and shared by all queries. A coefficient that is the same everywhere becomes a
-    number, so that a multiplication by 1 or 0 is never carried out on ``[query, P]``.
+    number, so that a multiplication by 1 or 0 is never carried out on ``[query, P]``; those of a linear rule (`SGD`) are, and
+    one coordinate tells them.
 
     The hyperparameters that ``numbers`` names are taken as one more input each, with a value of its own in every coordinate.
     """
     inputs = {"parameter": parameter, **slots, "gradient": gradient}
     moved = {number: torch.full_like(parameter, float(hyper[number])) for number in sorted(numbers)}
-    inputs |= moved
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in inputs.items()}
+    if getattr(rule, "linear", False) and parameter.numel():
+        one = {name: leaf.flatten()[:1] for name, leaf in inputs.items()}
+        jacobian = _reversed(rule, one, {}, slots, hyper, [*inputs])
+        if moved:
+            for target, row in _reversed(rule, inputs, moved, slots, hyper, [*moved]).items():
+                jacobian[target] |= row
+        return jacobian
+    return _reversed(rule, inputs, moved, slots, hyper, [*inputs, *moved])
+
+
+def _reversed(rule: UpdateRule, inputs: Params, moved: Params, slots: Params, hyper: Hyper, sources: list[str]) -> Jacobian:
+    """Reverse U with ones, for the derivatives by ``sources``."""
+    leaves = {name: leaf.detach().requires_grad_(name in sources) for name, leaf in {**inputs, **moved}.items()}
     with torch.enable_grad():
         own = {slot: leaves[slot] for slot in slots}
         at = {**hyper, **{number: leaves[number] for number in moved}}
         new_parameter, new_slots = rule.apply(leaves["parameter"], own, leaves["gradient"], at)
+    wanted = [leaves[name] for name in sources]
     jacobian: Jacobian = {}
     for target, output in {"parameter": new_parameter, **new_slots}.items():
-        found = torch.autograd.grad(output, list(leaves.values()), torch.ones_like(output), True, allow_unused=True)
-        jacobian[target] = {source: _simplest(row) for source, row in zip(leaves, found, strict=True)}
+        if not output.requires_grad:
+            jacobian[target] = dict.fromkeys(sources, 0.0)
+            continue
+        found = torch.autograd.grad(output, wanted, torch.ones_like(output), True, allow_unused=True)
+        jacobian[target] = {source: _simplest(row) for source, row in zip(sources, found, strict=True)}
     return jacobian
 
 

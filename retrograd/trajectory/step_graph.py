@@ -93,6 +93,7 @@ class StepGraph:
         state: s_t.
         inputs: u_t.
         others: leaves among ``inputs`` to differentiate by as well, by name.
+        shared: whether it will be reversed for more than one costate.
 
     Attributes:
         grads: the batch gradient, of the parameters that have one.
@@ -100,10 +101,17 @@ class StepGraph:
         written: names of the buffers that the step writes.
     """
 
-    def __init__(self, loss_of: LossOf, state: TrainingState, inputs: StepInputs, others: Mapping[str, Tensor] | None = None):
+    def __init__(
+        self,
+        loss_of: LossOf,
+        state: TrainingState,
+        inputs: StepInputs,
+        others: Mapping[str, Tensor] | None = None,
+        shared: bool = True,
+    ):
         self._leaves, self._others = StepLeaves(state, inputs), dict(others or {})
         leaves, self.weights = self._leaves, self._leaves.weights
-        with twice_differentiable():
+        with twice_differentiable(shared=shared):
             loss = loss_of(leaves.params, leaves.buffers_out, inputs, leaves.weights)
             leaves.refuse_non_finite(loss)
             found = torch.autograd.grad(loss, list(leaves.params.values()), create_graph=True, allow_unused=True)

@@ -141,6 +141,7 @@ class Trajectory:
         self.checkpoints, self.schedule, self.tolerance = checkpoints, schedule, tolerance
         self.counterfactual = counterfactual or Counterfactual()
         self.parents = tuple(parents)
+        self._compared: set[int] = set()  # steps of stored states that a walk has been compared with already
         self.drift = 0.0  # how far a replayed update was from the recorded one at most; 0: bit for bit so far
 
     def __len__(self) -> int:
@@ -363,6 +364,7 @@ class Trajectory:
                 raise NonFinite(f"training again became non-finite at step {step}; use smaller changes.")
             rerun.records[step] = replace(rerun.records[step], witness=mark)
             keep_checkpoint(checkpoints, schedule, state, last=step + 1 == len(self))
+        rerun._compared.update(checkpoints.steps())  # made by this very map, a moment ago
         return rerun
 
     def matching(self, counterfactual: Counterfactual) -> "Trajectory":
@@ -406,12 +408,15 @@ class Trajectory:
         return replace(state, params={name: state.params[name] for name in self.update_map.names})
 
     def _compare_stored(self, before: TrainingState, step: int) -> None:
-        """Replay the last step before a stored state and compare all of it; the walk itself has no need of this step."""
+        """Replay the last step before a stored state and compare all of it, once; the walk itself has no need of this step."""
+        if step + 1 in self._compared:
+            return
         stored = self._load(step + 1)
         after = self.advance(before, step)
         self._judge(after.difference(stored, before), step)
         if not after.equals(stored):
             self._note_drift(after.difference(stored, before), step)
+        self._compared.add(step + 1)
 
     def _compare(self, before: TrainingState, after: TrainingState, expected: float, step: int) -> None:
         mark = smallest(after.params)

@@ -236,7 +236,7 @@ class UpdateMap:
         self.check_inputs(wrt, inputs)
         leaves, rebuild = self._input_leaves(state, inputs, wrt)
         leaves = {name: leaf.clone().requires_grad_() for name, leaf in leaves.items()}
-        graph = self._graph(state, rebuild(leaves) if leaves else inputs, curvature, leaves)
+        graph = self._graph(state, rebuild(leaves) if leaves else inputs, curvature, leaves, len(costates) > 1)
         rule, by_inputs = self._rule.at(state, graph.grads, inputs.hyper, wrt), []
         target = costates.map(torch.empty_like) if out is None else out
         scores = graph.weights.new_zeros(len(costates), len(graph.weights))
@@ -407,10 +407,10 @@ class UpdateMap:
         return self._rule.at(state, grads, inputs.hyper)
 
     def _graph(
-        self, state: TrainingState, inputs: StepInputs, curvature: StepCurvature, others: dict[str, Tensor]
+        self, state: TrainingState, inputs: StepInputs, curvature: StepCurvature, others: dict[str, Tensor], shared: bool
     ) -> StepGraph | GaussNewtonGraph:
         if curvature == "hessian":
-            return StepGraph(self._loss, state, inputs, others)
+            return StepGraph(self._loss, state, inputs, others, shared)
         if self.meta_module is not None or others:
             raise InputError(
                 'curvature="gauss_newton" differentiates by example weights and hyperparameters only, and knows no '

@@ -74,6 +74,9 @@ class SGD:
     nesterov: bool = False
     maximize: bool = False
 
+    linear: ClassVar[bool] = True
+    """Whether (θ', o') is linear in (θ, o, g), with the same coefficients for every coordinate."""
+
     torch_optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
     torch_slots: ClassVar[dict[str, str]] = {"velocity": "momentum_buffer"}
 
