@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from retrograd.adjoint import Adjoint, Blend, Unrolled
+from retrograd.adjoint import Adjoint, Blend, FirstOrder, FixedPoint, Unrolled
 from retrograd.curvature import EKFAC, KFAC
 from retrograd.curvature.layers import find_layers
 from retrograd.trajectory import Run
@@ -75,7 +75,7 @@ def coverage(run: Run, method: Adjoint | None = None) -> Coverage:
         notes.append("TF32 is on: replays are not bit for bit")
     random, coupled = _modules(model, (nn.modules.dropout._DropoutNd, nn.RReLU)), _modules(model, (_BatchNorm,))
     parts = list(method.methods) if isinstance(method, Blend) else [method or Unrolled()]
-    if (random or coupled) and not all(isinstance(part, Unrolled) for part in parts):
+    if (random or coupled) and not all(isinstance(part, Unrolled | FixedPoint | FirstOrder) for part in parts):
         notes.append(
             "approximate methods take losses in evaluation mode: without dropout, and with batch norm's running averages"
         )
