@@ -2,24 +2,71 @@
 
 from retrograd.hypergradients.audit import Arm, Audit, audit
 from retrograd.hypergradients.chain import Chain, chain
+from retrograd.hypergradients.commentary import (
+    Blended,
+    BlendingMatrix,
+    ExampleWeights,
+    Masked,
+    MaskedModel,
+    MaskNetwork,
+    Weighted,
+    WeightNetwork,
+)
+from retrograd.hypergradients.commentary_file import Commentary
+from retrograd.hypergradients.distillation import distil_dataset
+from retrograd.hypergradients.distilled_data import DistilledData
 from retrograd.hypergradients.forward import Forward
 from retrograd.hypergradients.hypergradient import hypergradient
+from retrograd.hypergradients.initialisation import LearnedInitialiser, adapt, initialisation_gradient, meta_initialise, solve
+from retrograd.hypergradients.label_smoothing import label_smoothing_gradient
 from retrograd.hypergradients.meta_training import MetaTraining, OuterStep, meta_train
+from retrograd.hypergradients.patching import Patched, Patching, patch
+from retrograd.hypergradients.planner import Option, Plan, plan
+from retrograd.hypergradients.pretraining import ContrastiveLoss, MultitaskLoss, TaskWeights, pretraining_estimator
 from retrograd.hypergradients.result import Hypergradient
+from retrograd.hypergradients.starts import fresh_start
 from retrograd.hypergradients.verdict import Verdict, verify
 
 __all__ = [
     "Arm",
     "Audit",
+    "Blended",
+    "BlendingMatrix",
     "Chain",
+    "Commentary",
+    "ContrastiveLoss",
+    "DistilledData",
+    "ExampleWeights",
     "Forward",
     "Hypergradient",
+    "LearnedInitialiser",
+    "MaskNetwork",
+    "Masked",
+    "MaskedModel",
     "MetaTraining",
+    "MultitaskLoss",
+    "Option",
     "OuterStep",
+    "Patched",
+    "Patching",
+    "Plan",
+    "TaskWeights",
     "Verdict",
+    "WeightNetwork",
+    "Weighted",
+    "adapt",
     "audit",
     "chain",
+    "distil_dataset",
+    "fresh_start",
     "hypergradient",
+    "initialisation_gradient",
+    "label_smoothing_gradient",
+    "meta_initialise",
     "meta_train",
+    "patch",
+    "plan",
+    "pretraining_estimator",
+    "solve",
     "verify",
 ]

@@ -99,7 +99,9 @@ class Audit:
         found = [f"the variables learned {learned:+.4f} (retrained against unchanged)"]
         if memorised > max(abs(learned), 0.0) and memorised > 0:
             found.append(f"WARNING: the model memorised {memorised:+.4f} that its variables do not hold (see start='cold')")
-        if learned > 0 and self._better(self["permuted"], self["unchanged"]) > learned / 2:
+        noise = sum(self[name].error or 0.0 for name in ("retrained", "unchanged"))
+        permuted = [arm for arm in self.arms if arm.name == "permuted"]
+        if permuted and learned > noise and self._better(permuted[0], self["unchanged"]) > learned / 2:
             found.append("WARNING: permuted variables do at least half as well: what belongs to what matters little")
         alone = [arm for arm in self.arms if arm.name == ALONE]
         if alone and self._better(alone[0], self["retrained"]) >= 0:
@@ -134,7 +136,8 @@ def audit(
         alone: a training on the data of the meta-training's outcome alone; without it, that control is left out.
         repeats: how often each arm is trained.
         vary: what differs between repeats, as for `meta_train`: it gets 0, 1, ….
-        permute: how to permute the variables; by default each along its first axis (scalars stay).
+        permute: how to permute the variables; by default each along its first axis. If none has two entries there, that
+            control is left out.
         larger_is_better: of the outcome (an accuracy); else smaller is (a loss).
         seed: of the permutations.
 
@@ -158,12 +161,10 @@ def audit(
         return tuple(outcomes)
 
     shuffle = permute or _along_first_axis
-    arms = [
-        Arm("meta-trained", (ended(found.run),)),
-        Arm("retrained", trained(lambda: found.values)),
-        Arm("permuted", trained(lambda: shuffle(found.values, generator))),
-        Arm("unchanged", trained(lambda: found.start)),
-    ]
+    arms = [Arm("meta-trained", (ended(found.run),)), Arm("retrained", trained(lambda: found.values))]
+    if permute is not None or any(leaf.dim() and len(leaf) > 1 for leaf in found.values.values()):
+        arms.append(Arm("permuted", trained(lambda: shuffle(found.values, generator))))
+    arms.append(Arm("unchanged", trained(lambda: found.start)))
     if alone is not None:
         starts = [ended(alone)] if not vary else [ended(_rerun(alone, vary(number))) for number in range(repeats)]
         arms.append(Arm(ALONE, tuple(starts)))

@@ -66,8 +66,8 @@ class Chain:
             is_grads_batched=True,
         )
         count = len(costates)
-        rows = {
-            name: leaf.new_zeros(count, *leaf.shape) if own is None else own
+        rows = {  # copied, as a sum gives both of its terms the same memory, and sweeps work in place
+            name: leaf.new_zeros(count, *leaf.shape) if own is None else own.clone()
             for (name, leaf), own in zip(sources.items(), found, strict=True)
         }
         slots = {slot: {name: torch.zeros_like(rows[name]) for name in own} for slot, own in before.slots.items()}
@@ -119,6 +119,16 @@ def chain(*runs: Trajectory, copy: Sequence[Mapping[str, str] | Handover | None]
                 for name, leaf in began.items()
                 if name in ended and leaf.is_floating_point() and torch.equal(leaf, ended[name])
             }
+            frozen = [
+                name
+                for name, leaf in after.update_map.model.named_parameters()
+                if name not in began and name in ended and torch.equal(leaf, ended[name])
+            ]
+            if frozen:
+                raise InputError(
+                    f"run {number + 1} does not train {frozen[:3]}, which it has from run {number}, so replays take them as "
+                    "constants. Give them to its optimizer, in a group with a learning rate of 0."
+                )
             if not given:
                 raise InputError(
                     f"run {number + 1} began with none of the parameters that run {number} ended with. Copy them before it is "
@@ -128,7 +138,7 @@ def chain(*runs: Trajectory, copy: Sequence[Mapping[str, str] | Handover | None]
         for name, leaf in handover(ended).items():
             if name not in began:
                 raise InputError(f"run {number + 1} has no parameter or buffer {name!r}.")
-            if not torch.allclose(leaf, began[name]):
+            if leaf.shape != began[name].shape or not torch.allclose(leaf, began[name]):
                 raise InputError(f"run {number + 1} did not begin with what run {number} hands over as {name!r}.")
         handovers.append(handover)
     return Chain(runs, handovers)

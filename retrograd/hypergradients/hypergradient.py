@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from retrograd.adjoint import FirstOrder, FixedPoint, Notes, Outcome, Queries, Unrolled
-from retrograd.errors import InputError, UntrustedGradient
+from retrograd.errors import InputError, NonFinite, UntrustedGradient
 from retrograd.hypergradients.chain import Chain
 from retrograd.hypergradients.forward import Forward
 from retrograd.hypergradients.result import Hypergradient
@@ -118,13 +118,11 @@ def _through_stages(
             raise InputError("forward mode runs through one stage only; use Unrolled().")
     known = [_inputs(run) for run in stages.stages]
     _check(stages.stages[0], names, set.union(*known))
-    moving = [frozenset[str]()]  # buffers that earlier stages moved
-    for run in stages.stages[:-1]:
-        ended, began = run.final_state.buffers, run.state(0).buffers
-        moving.append(moving[-1] | {name for name, leaf in ended.items() if not torch.equal(leaf, began[name])})
     found: list[Hypergradient] = []
     last = stages.stages[-1]
-    cotangents = outcome.gradients(last, last.final_state, moving[-1])
+    # Buffers that the last stage does not move may have been moved before it.
+    taken = stages.taken(len(stages) - 1) if len(stages) > 1 else {}
+    cotangents = outcome.gradients(last, last.final_state, taken.keys() & last.final_state.buffers.keys())
     values = outcome.values(last.update_map, last.final_state).detach()
     for number in reversed(range(len(stages))):
         run, notes = stages.stages[number], Notes()
@@ -154,7 +152,7 @@ def _of_run(
 
 
 def _finished(values: dict[str, Tensor | Params], outcome: Tensor, method: Method, notes: Notes) -> Hypergradient:
-    found = Hypergradient(values, outcome, repr(method), notes.entries)
+    found = Hypergradient(dict(sorted(values.items())), outcome, repr(method), notes.entries)  # in one order for all methods
     for doubt in found.doubts:
         warnings.warn(f"{doubt}. Hypergradient by {found.method}; see verify(...).", UntrustedGradient, stacklevel=4)
     return found
@@ -180,10 +178,13 @@ class _Walk:
             notes.add(steps=last, of_steps=len(self._run))
         count = len(cotangents)
         self._prepare(count, next(iter(cotangents.params.values())))
-        pullback = None
+        pullback, step = None, 0
         for inputs, step, pullback in method.sweep(self._run, cotangents, notes, frozenset(self._names) - {*_WHOLE_RUN}):
             self._add(inputs, step, pullback)
         start = cotangents if pullback is None else pullback.costates
+        wrong = [name for name, leaf in start.leaves().items() if not torch.isfinite(leaf).all()]
+        if wrong:  # at any other step, the one before it would have shown it
+            raise NonFinite(f"the costates became non-finite at step {step}, in {', '.join(wrong[:4])}.")
         if "initial_params" in self._names:
             self.values["initial_params"] = {name: leaf.clone() for name, leaf in start.params.items()}
         return None if isinstance(method, FixedPoint) else start

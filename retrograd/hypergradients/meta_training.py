@@ -108,6 +108,8 @@ class _State:
     best: int | None = None
     best_values: dict[str, Tensor] = field(default_factory=dict)
     ends: list[TrainingState | None] = field(default_factory=list)  # where each stage ended last, for warm starts
+    last_values: dict[str, Tensor] = field(default_factory=dict)  # what the last training was made with,
+    last_ends: list[TrainingState | None] = field(default_factory=list)  # and where it began
 
 
 def meta_train(
@@ -139,7 +141,7 @@ def meta_train(
         validation: another outcome, on other data: the best variables by it are returned.
         patience: stop after so many outer steps without a better validation outcome.
         penalty: a differentiable function of the variables that is added to the outcome.
-        vary: what else differs between outer steps (the stage's start, order of batches, seed).
+        vary: what else differs between outer steps (the stage's start, order of batches, seed), not the variables themselves.
         stage: of a chain: the stage whose inputs are changed.
         folder: where to keep the state: a call with the same arguments continues after the last outer step that was finished.
 
@@ -167,16 +169,26 @@ def meta_train(
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.exists():
             _load(file, identity, state, outer)
+
+    def trained(number: int, values: Mapping[str, Tensor], ends: list[TrainingState | None]) -> Trajectory | Chain:
+        changes, other = variables.changes(values), dict(vary(number)) if vary else {}
+        if changes.keys() & other.keys() or (start == "warm" and "initial" in other):
+            raise InputError(
+                f"vary gives {sorted(other)}; the variables {list(names)} and a {start} start leave it no say in "
+                f"{sorted({*changes, *(['initial'] if start == 'warm' else [])} & other.keys())}."
+            )
+        if start == "warm":
+            return _continued(run, stage, changes | other, ends, number)
+        return _again(run, stage, changes | other)
+
     made = run
     for number in track(range(len(state.history), steps), "meta-training"):
         if patience is not None and state.best is not None and number - state.best > patience:
             break
-        changes = variables.changes(state.values) | (dict(vary(number)) if vary else {})
+        state.last_values = {name: leaf.detach().clone() for name, leaf in state.values.items()}
+        state.last_ends, made = state.ends, trained(number, state.values, state.ends)
         if start == "warm":
-            made = _continued(run, stage, changes, state.ends, number)
             state.ends = [own.final_state for own in (made.stages if isinstance(made, Chain) else (made,))]
-        else:
-            made = _again(run, stage, changes)
         with warnings.catch_warnings():
             if number:  # once is enough
                 warnings.simplefilter("ignore", UntrustedGradient)
@@ -185,7 +197,7 @@ def meta_train(
         now = None if checked is None else _asked(checked, made)
         state.history.append(OuterStep(found.outcome[0].item(), now))
         if now is not None and (state.best is None or now < _known(state.history[state.best].validation)):
-            state.best, state.best_values = number, {name: leaf.detach().clone() for name, leaf in state.values.items()}
+            state.best, state.best_values = number, state.last_values
         outer.zero_grad()
         if penalty is not None:
             penalty(state.values).backward()
@@ -198,6 +210,8 @@ def meta_train(
             raise NonFinite(f"the variables became non-finite at outer step {number}, in {', '.join(wrong[:4])}.")
         if file is not None:
             _save(file, identity, state, outer)
+    if made is run:  # all steps were made before: the last training once more, for what it ended with
+        made = trained(len(state.history) - 1, state.last_values, state.last_ends)
     last = {name: leaf.detach().clone() for name, leaf in state.values.items()}
     return MetaTraining(
         state.best_values if state.best is not None else last, began, state.history, state.best, made, run, names, stage
@@ -255,8 +269,10 @@ def _known(value: float | None) -> float:
 def _save(file: Path, identity: dict[str, Any], state: _State, outer: torch.optim.Optimizer) -> None:
     tensors = {f"values/{name}": leaf for name, leaf in state.values.items()}
     tensors |= {f"best/{name}": leaf for name, leaf in state.best_values.items()}
-    for place, end in enumerate(state.ends):
-        tensors |= {} if end is None else {f"ends/{place}/{name}": leaf for name, leaf in end.tensors().items()}
+    tensors |= {f"last/{name}": leaf for name, leaf in state.last_values.items()}
+    for kind, ends in (("ends", state.ends), ("last_ends", state.last_ends)):
+        for place, end in enumerate(ends):
+            tensors |= {} if end is None else {f"{kind}/{place}/{name}": leaf for name, leaf in end.tensors().items()}
     numbers: dict[str, dict[str, Any]] = {}
     kept = outer.state_dict()
     for place, own in kept["state"].items():
@@ -288,11 +304,10 @@ def _load(file: Path, identity: dict[str, Any], state: _State, outer: torch.opti
     with torch.no_grad():
         for name, leaf in under("values/").items():
             state.values[name].copy_(leaf)
-    state.best, state.best_values = about["best"], under("best/")
+    state.best, state.best_values, state.last_values = about["best"], under("best/"), under("last/")
     state.history = [OuterStep(*one) for one in about["history"]]
-    for place in range(len(state.ends)):
-        own = under(f"ends/{place}/")
-        state.ends[place] = TrainingState.from_tensors(own, 0) if own else None
+    own = [[under(f"{kind}/{place}/") for place in range(len(state.ends))] for kind in ("ends", "last_ends")]
+    state.ends, state.last_ends = [[TrainingState.from_tensors(one, 0) if one else None for one in ends] for ends in own]
     kept: dict[int, dict[str, Any]] = {int(place): dict(own) for place, own in about["outer"]["numbers"].items()}
     for name, leaf in under("outer/").items():
         place, key = name.split("/", 1)

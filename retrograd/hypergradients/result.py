@@ -47,14 +47,18 @@ class Hypergradient:
         total = torch.zeros(len(self.outcome), dtype=torch.float64)
         for name, change in direction.items():
             leaves, moves = _leaves(self[name]), _leaves(change)
+            wanted = {key: tuple(leaf.shape[1:]) for key, leaf in leaves.items()}
+            given = {key: tuple(leaf.shape) for key, leaf in moves.items()}
+            if given != wanted:
+                raise InputError(f"a change of {name} has the shape {wanted.get('', wanted)}, got {given.get('', given)}.")
             for key, leaf in leaves.items():
-                total += (leaf.double().cpu().flatten(1) @ moves[key].double().cpu().flatten()).reshape(len(total))
+                total += _rows(leaf) @ moves[key].double().cpu().flatten()
         return total
 
     def vector(self, *names: str) -> Float[Tensor, "query number"]:
         """Return the derivatives by the named inputs (all if none is named) as one vector for each question."""
         leaves = [leaf for name in names or self.values for leaf in _leaves(self[name]).values()]
-        return torch.cat([leaf.flatten(1).double().cpu() for leaf in leaves], dim=1)
+        return torch.cat([_rows(leaf) for leaf in leaves], dim=1)
 
     def cosine(self, other: "Hypergradient", *names: str) -> Float[Tensor, " query"]:
         """Return the cosine to another hypergradient by the same inputs: the agreement of two methods."""
@@ -81,3 +85,7 @@ class Hypergradient:
 
 def _leaves(value: Tensor | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return {"": value} if isinstance(value, Tensor) else value
+
+
+def _rows(leaf: Tensor) -> Tensor:
+    return leaf.double().cpu().reshape(len(leaf), -1)

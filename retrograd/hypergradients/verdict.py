@@ -27,11 +27,12 @@ from retrograd.adjoint import Outcome, Queries
 from retrograd.errors import InputError
 from retrograd.hypergradients.chain import Chain
 from retrograd.hypergradients.result import Hypergradient
-from retrograd.hypergradients.variables import data_changes, one_hot_labels
+from retrograd.hypergradients.variables import data_changes, one_hot_labels, recorded_weights
 from retrograd.params import Params, flatten
 from retrograd.progress import track
 from retrograd.trajectory import Trajectory
 from retrograd.trajectory.roughness import SMOOTH_ENOUGH
+from retrograd.trajectory.step_inputs import batch_names
 
 SIZES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
 AGREES = 0.05  # relative error along a direction, at the best size, up to which a gradient is called right
@@ -110,8 +111,8 @@ def verify(
         gradient: what `hypergradient` returned (that of ``stage``, for a chain).
         names: which of its inputs move; all if not given.
         directions: how many random directions.
-        sizes: h, in units of the scale of each input: the recorded value of hyperparameters, 1 for weights, the root mean
-            square of a tensor.
+        sizes: h, in units of the scale of each input: the recorded value of hyperparameters (or what is left to 1 of those
+            between ½ and 1, as momentum; 1 for a 0), the recorded weight of an example, the root mean square of a tensor.
         stage: of a chain.
         seed: of the directions.
 
@@ -158,8 +159,13 @@ class _Point:
             at = self._at(name)
             if isinstance(at, dict):
                 found[name] = {key: normal(leaf) * _scale(leaf) for key, leaf in at.items()}
+            elif name == "example_weights":
+                found[name] = normal(at) * at
             else:
-                found[name] = normal(at) * (at.abs() if at.dim() == 1 and name != "example_weights" else _scale(at))
+                found[name] = normal(at) * (_scale(at) if self._is_data(name) else _room(at))
+        if "initial_params" in found and isinstance(self._run, Chain) and self._stage:
+            for key in self._run.taken(self._stage).keys() & found["initial_params"].keys():
+                found["initial_params"][key].zero_()  # it starts where the stage before it ended
         return found
 
     def value(self, outcome: "Outcome | Queries", direction: Mapping[str, Any], size: float) -> float:
@@ -188,30 +194,35 @@ class _Point:
         if name == "initial_params":
             return run.state(0).params
         if name == "example_weights":
-            return torch.ones(len(run.examples), dtype=torch.float64)
+            return recorded_weights(run)
         if name == "clip_norm":
             return torch.tensor([run.update_map.clip_norm], dtype=torch.float64)
-        if name in ("inputs", "labels"):
+        if self._is_data(name):
             data = run.examples.batch(run.examples.ids)
-            tensor = data if isinstance(data, Tensor) else data[("inputs", "labels").index(name)]
+            place = name if isinstance(data, Mapping) else ("inputs", "labels").index(name)
+            tensor = data if isinstance(data, Tensor) else data[place]
             return tensor if tensor.is_floating_point() else one_hot_labels(run, tensor)
         return torch.tensor([float(own[name]) for own in run.records[0].hyper], dtype=torch.float64)
+
+    def _is_data(self, name: str) -> bool:
+        return name in batch_names(self._own.inputs(0).batch)
 
     def _trained(self, direction: Mapping[str, Any], size: float) -> Trajectory | Chain:
         options: dict[str, Any] = {}
         hyper: dict[str, Tensor] = {}
         data: dict[str, Tensor] = {}
         for name in self._names if size else ():
-            at, change = self._at(name), direction[name]
+            at: Any = self._at(name)
+            change = direction[name]
             if name == "meta":
                 options["meta"] = _plus(at, change, size)
             elif name == "initial_params":
                 options["initial"] = replace(self._own.state(0), params=_plus(at, change, size))
             elif name == "example_weights":
-                options["weights"] = at + size * change
+                options["weights"] = 1 + size * change / torch.where(at == 0, 1, at)  # factors on the recorded ones
             elif name == "clip_norm":
                 options["clip_norm"] = (at + size * change).item()
-            elif name in ("inputs", "labels"):
+            elif self._is_data(name):
                 data[name] = at + size * change
             else:
                 recorded = [[float(own[name]) for own in record.hyper] for record in self._own.records]
@@ -220,6 +231,12 @@ class _Point:
         if isinstance(self._run, Chain):
             return self._run.rerun(*(options if number == self._stage else {} for number in range(len(self._run))))
         return self._run.rerun(**options)
+
+
+def _room(numbers: Tensor) -> Tensor:
+    """Scale of hyperparameters: their own size; none is moved across 1 that may not be, as momentum."""
+    sizes = torch.where(numbers == 0, 1, numbers.abs())
+    return torch.where((numbers > 0.5) & (numbers < 1), 1 - numbers, sizes)
 
 
 def _scale(leaf: Tensor) -> Tensor:
