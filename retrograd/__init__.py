@@ -6,7 +6,7 @@ Record a training run once, then ask it which training data made the model do wh
     scores = retrograd.attribute(run, queries)
     scores.top(query=0, k=5)
 
-The verbs: `record`, `open_run`, `attribute`, `hypergradient`, `chain`, `meta_train`, `audit`, `verify`,
+The verbs: `record`, `open_run`, `attribute`, `hypergradient`, `plan`, `verify`, `chain`, `meta_train`, `audit`,
 `self_influence`, `check`, `retrain`, `evaluate`, `find_mislabelled`, `prune`, `reweight`, `roughness`, `coverage`, `citation`.
 """
 
@@ -57,14 +57,18 @@ from retrograd.hypergradients import (
     Forward,
     Hypergradient,
     MetaTraining,
+    Option,
     OuterStep,
+    Plan,
     Verdict,
     audit,
     chain,
     hypergradient,
     meta_train,
+    plan,
     verify,
 )
+from retrograd.optim import FilterStep, GradientFilter, HyperAdam, HyperSGD
 from retrograd.progress import reporting
 from retrograd.selection import (
     Distillation,
@@ -89,6 +93,7 @@ from retrograd.trajectory import (
     Trajectory,
     Treeverse,
     UpdateMap,
+    fresh_start,
     open_run,
     record,
     roughness,
@@ -124,12 +129,16 @@ __all__ = [
     "Effect",
     "Every",
     "Examples",
+    "FilterStep",
     "FirstOrder",
     "Fisher",
     "FixedPoint",
     "Forward",
     "GaussNewton",
+    "GradientFilter",
     "Hessian",
+    "HyperAdam",
+    "HyperSGD",
     "Hypergradient",
     "Implicit",
     "LoGra",
@@ -137,8 +146,10 @@ __all__ = [
     "MetaTraining",
     "Neumann",
     "Nystrom",
+    "Option",
     "Outcome",
     "OuterStep",
+    "Plan",
     "ProjectedGaussNewton",
     "Queries",
     "Ranked",
@@ -174,6 +185,7 @@ __all__ = [
     "coverage",
     "evaluate",
     "find_mislabelled",
+    "fresh_start",
     "hypergradient",
     "leave_one_out",
     "linear_datamodeling_score",
@@ -182,6 +194,7 @@ __all__ = [
     "noise_ceiling",
     "one_seed_wall",
     "open_run",
+    "plan",
     "prune",
     "random_subsets",
     "record",

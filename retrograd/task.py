@@ -385,7 +385,10 @@ class BoundModel:
 
     def __call__(self, function: Callable[..., Any], tensors: Mapping[str, Tensor], *args: Any) -> Any:
         """Return ``function(model, *args)`` with ``tensors`` in place of the module's own, tied weights staying tied."""
+        # Parameters that are not given are constants, whether or not somebody trains them elsewhere.
+        rest = [(name, leaf) for name, leaf in self.model.named_parameters() if leaf.requires_grad and name not in tensors]
         prefixed = {"model." + name: tensor for name, tensor in tensors.items()}
+        prefixed |= {"model." + name: leaf.detach() for name, leaf in rest}
         result = torch.func.functional_call(self._caller, prefixed, (function, *args))
         for name in tensors:
             if prefixed["model." + name] is not tensors[name]:

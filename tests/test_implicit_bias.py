@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from retrograd import Classification, FixedPoint, Outcome, Regression, Unrolled, hypergradient, meta_train, record
+from retrograd import Classification, FixedPoint, Outcome, Regression, Unrolled, fresh_start, hypergradient, meta_train, record
 from retrograd.errors import CorruptRecord, InputError, ModelChanged
-from retrograd.hypergradients import DistilledData, distil_dataset, fresh_start
+from retrograd.hypergradients import DistilledData, distil_dataset
 from tests.tolerances import TOLERANCES
 
 EXACT = TOLERANCES["exact_vs_autograd"]

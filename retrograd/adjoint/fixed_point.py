@@ -17,7 +17,7 @@ The matrix is symmetric, whatever the optimizer, and its fixed point is the opti
 gradient vanishes but where P g + λθ = 0. λ* is then contracted with the inputs of a step as every other costate is. Running
 averages in buffers, b' = (1 − m) b + m v(θ), are eliminated likewise. Φ is the mean of the last ``window`` recorded steps (one
 pass over the data), all taken at the final state, with their weights, random numbers and meta-parameters; Adam's count of
-steps is taken to be infinite.
+steps is taken to be infinite. Of an adaptive optimizer and several steps the mean of J and that of H are taken by themselves.
 
 | solver | gives | cost |
 |---|---|---|

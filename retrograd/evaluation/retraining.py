@@ -24,15 +24,14 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from retrograd.adjoint import Queries
-from retrograd.errors import InputError, ModelChanged
+from retrograd.errors import InputError
 from retrograd.evaluation.course import Hold, Protocol
 from retrograd.evaluation.program import Program, best_together
 from retrograd.evaluation.retrained import Retrained, share_kept
 from retrograd.evaluation.study import Study
 from retrograd.evaluation.work import Work
-from retrograd.params import Params
 from retrograd.progress import track_steps
-from retrograd.trajectory import All, Counterfactual, MemoryCheckpoints, TrainingState, Trajectory, digests
+from retrograd.trajectory import All, Counterfactual, MemoryCheckpoints, TrainingState, Trajectory, digests, fresh_start
 from retrograd.trajectory.counterfactual import Removal
 
 
@@ -95,7 +94,9 @@ def retrain(
     asked = queries if isinstance(queries, Queries) else Queries(queries)
     lean = _lean(run)
     starts: dict[int | None, TrainingState] = (
-        {None: lean.state(0)} if seeds is None else {one: fresh_start(lean, initialise, one) for one in seeds}
+        {None: lean.state(0)}
+        if seeds is None or initialise is None
+        else {one: fresh_start(lean, initialise, one) for one in seeds}
     )
     protocol = Protocol(lean, removal, hold, seed)
     first = next(iter(starts))
@@ -167,35 +168,6 @@ def _check(
         )
     if workers < 1 or (together is not None and together < 1):
         raise InputError(f"workers and together must be at least 1, got {workers} and {together}.")
-
-
-def fresh_start(run: Trajectory, initialise: Callable[[int], nn.Module] | None, seed: int) -> TrainingState:
-    """Return the initial state that ``initialise`` makes from a seed.
-
-    Args:
-        run: the recorded run.
-        initialise: makes a model like the recorded one.
-        seed: a fresh seed, with which torch's global generator is seeded meanwhile.
-
-    Raises:
-        ModelChanged: it is another model: names, shapes or frozen parameters differ.
-    """
-    assert initialise is not None
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = initialise(seed)
-    recorded, own = run.state(0), {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    frozen = {name: leaf for name, leaf in run.update_map.model.named_parameters() if name not in recorded.params}
-    for name, leaf in {**recorded.params, **recorded.buffers, **frozen}.items():
-        if name not in own or own[name].shape != leaf.shape or own[name].dtype != leaf.dtype:
-            raise ModelChanged(f"initialise({seed}) gave another kind of model than the recorded one: {name} differs.")
-        if name in frozen and not torch.equal(own[name].to(leaf.device), leaf):
-            raise ModelChanged(f"initialise({seed}) changed {name}, which is not trained; it must stay as it was.")
-
-    def fresh(leaves: Params) -> Params:
-        return {name: own[name].detach().to(leaf.device).clone() for name, leaf in leaves.items()}
-
-    return TrainingState(fresh(recorded.params), recorded.slots, fresh(recorded.buffers), 0)
 
 
 def _lean(run: Trajectory) -> Trajectory:

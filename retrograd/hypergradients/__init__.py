@@ -17,14 +17,14 @@ from retrograd.hypergradients.distillation import distil_dataset
 from retrograd.hypergradients.distilled_data import DistilledData
 from retrograd.hypergradients.forward import Forward
 from retrograd.hypergradients.hypergradient import hypergradient
-from retrograd.hypergradients.initialisation import LearnedInitialiser, adapt, initialisation_gradient, meta_initialise, solve
+from retrograd.hypergradients.initialisation import adapt, initialisation_gradient, meta_initialise
 from retrograd.hypergradients.label_smoothing import label_smoothing_gradient
+from retrograd.hypergradients.learned_initialiser import LearnedInitialiser, solve
 from retrograd.hypergradients.meta_training import MetaTraining, OuterStep, meta_train
 from retrograd.hypergradients.patching import Patched, Patching, patch
 from retrograd.hypergradients.planner import Option, Plan, plan
 from retrograd.hypergradients.pretraining import ContrastiveLoss, MultitaskLoss, TaskWeights, pretraining_estimator
 from retrograd.hypergradients.result import Hypergradient
-from retrograd.hypergradients.starts import fresh_start
 from retrograd.hypergradients.verdict import Verdict, verify
 
 __all__ = [
@@ -58,7 +58,6 @@ __all__ = [
     "audit",
     "chain",
     "distil_dataset",
-    "fresh_start",
     "hypergradient",
     "initialisation_gradient",
     "label_smoothing_gradient",

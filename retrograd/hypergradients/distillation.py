@@ -36,8 +36,8 @@ from retrograd.errors import InputError
 from retrograd.hypergradients.distilled_data import DistilledData, recorded_on
 from retrograd.hypergradients.hypergradient import Method
 from retrograd.hypergradients.meta_training import meta_train
-from retrograd.hypergradients.starts import Initialise, fresh_model, fresh_start
 from retrograd.task import Classification, Meta, Task
+from retrograd.trajectory.starts import Initialise, fresh_model, fresh_start
 
 _SURE = 3.0  # logit of the class that a synthetic example begins with: .7 of its label, with 10 classes
 

@@ -13,9 +13,9 @@ from retrograd.errors import CorruptRecord, InputError
 from retrograd.files import read_tensors, write_tensors
 from retrograd.hypergradients.audit import Audit, audit
 from retrograd.hypergradients.meta_training import MetaTraining
-from retrograd.hypergradients.starts import Initialise, fresh_model, fresh_start
 from retrograd.task import Classification, Task
 from retrograd.trajectory import All, Trajectory, record
+from retrograd.trajectory.starts import Initialise, fresh_model, fresh_start
 
 FORMAT = 1
 _AUDITED = 1 << 20  # number of the first start of an audit: none that was trained with

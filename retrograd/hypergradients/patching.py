@@ -110,5 +110,7 @@ def patch(run: Trajectory, outcome: Any, alphas: Sequence[float] = (0.0, 0.25, 0
         asked = Patched(run, outcome, float(alpha))
         values.append(asked.values(run.update_map, end).detach())
         found = asked.gradients_between(run, end, moved)
-        slopes.append(sum((leaf * moves[name]).flatten(1).sum(1) for name, leaf in {**found.params, **found.buffers}.items()))
+        slopes.append(
+            sum((leaf * moves[name]).reshape(len(leaf), -1).sum(1) for name, leaf in {**found.params, **found.buffers}.items())
+        )
     return Patching(torch.tensor(alphas, dtype=torch.float64), torch.stack(values), torch.stack(slopes))

@@ -149,9 +149,7 @@ class ContrastiveLoss:
         return F.cross_entropy(cosines, partners, reduction="none").view(2, count).mean(0)
 
 
-def pretraining_estimator(
-    learning_rate: float, products: int = 1, finetuning_steps: int = 1
-) -> tuple[FixedPoint, Unrolled]:
+def pretraining_estimator(learning_rate: float, products: int = 1, finetuning_steps: int = 1) -> tuple[FixedPoint, Unrolled]:
     """Return the paper's estimator as methods of the two stages: a truncated Neumann series, then the last steps unrolled.
 
     Made for warm starts, where a stage is the few steps between two outer steps (the paper: 10, and 1 of fine-tuning's

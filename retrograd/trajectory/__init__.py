@@ -8,6 +8,7 @@ from retrograd.trajectory.record import batch_order, open_run, record
 from retrograd.trajectory.recorder import Recorder
 from retrograd.trajectory.roughness import Roughness, roughness
 from retrograd.trajectory.schedule import All, Every, Schedule, Sqrt, Treeverse
+from retrograd.trajectory.starts import fresh_model, fresh_start
 from retrograd.trajectory.state import StateVectors, StepInputs, StepRecord, TrainingState
 from retrograd.trajectory.step_graph import Route, StepCurvature
 from retrograd.trajectory.step_inputs import InputVectors
@@ -38,6 +39,8 @@ __all__ = [
     "Treeverse",
     "UpdateMap",
     "batch_order",
+    "fresh_model",
+    "fresh_start",
     "open_run",
     "record",
     "roughness",

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from retrograd.errors import IncompleteRecord, InputError, ModelChanged, NonFinite
 from retrograd.progress import track
-from retrograd.task import AnyTask, Meta, weighted_loss
+from retrograd.task import AnyTask
 from retrograd.trajectory.counterfactual import Counterfactual, Removal, Seeds
 from retrograd.trajectory.examples import Examples
 from retrograd.trajectory.recorder import Recorder
@@ -137,7 +137,7 @@ def record(
             with recorder.step(ids, step_weights) as step:
                 made.zero_grad()
                 on_device = None if step_weights is None else step_weights.to(device)
-                loss = weighted_loss(task, model, batch, on_device, len(ids), None if meta is None else Meta(meta, number))
+                loss = recorder.update_map.step_loss(model, batch, on_device, len(ids), number)
                 step.loss = loss.item()
                 if not math.isfinite(step.loss):
                     raise NonFinite(f"the loss of step {number} is {step.loss}. Lower the learning rate or set clip_norm=.")

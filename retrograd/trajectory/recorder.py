@@ -142,6 +142,11 @@ class Recorder:
         return len(self._trajectory.records) + len(self._pending)
 
     @property
+    def update_map(self) -> UpdateMap:
+        """The update map of the recorded steps."""
+        return self._trajectory.update_map
+
+    @property
     def records(self) -> list[StepRecord]:
         """The steps that are recorded and settled; after ``resume``, those that were read from the folder."""
         return self._trajectory.records

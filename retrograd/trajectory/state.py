@@ -182,7 +182,7 @@ class StateVectors:
         """Inner products vector by vector, shape ``[query]``; leaves that either one lacks count as zero."""
         mine, theirs = self.leaves(), other.leaves()
         return torch.stack(
-            [(mine[name] * theirs[name]).flatten(1).sum(1) for name in mine if name in theirs],
+            [(mine[name] * theirs[name]).reshape(len(self), -1).sum(1) for name in mine if name in theirs],
         ).sum(0)
 
 

@@ -123,7 +123,7 @@ class UpdateMap:
         if shapes[0] != shapes[1]:
             raise InputError(f"the meta-parameters of this run are {shapes[0]}, got {shapes[1]}.")
         changed = copy(self)
-        changed.meta = {name: leaf.detach().clone() for name, leaf in meta.items()}
+        changed.meta = {name: meta[name].detach().clone() for name in self.meta}
         return changed
 
     def with_clip_norm(self, clip_norm: float) -> "UpdateMap":
@@ -185,6 +185,14 @@ class UpdateMap:
     def group_of(self, name: str) -> int:
         """Return the index of the optimizer group that a parameter belongs to."""
         return self._rule.group_of[name]
+
+    def step_loss(
+        self, model: nn.Module, batch: Any, weights: Tensor | None, size: int, step: int, meta: Params | None = None
+    ) -> Tensor:
+        """Return the loss of step ``step`` on a batch, with the meta-module bound to ``meta`` or to the run's parameters."""
+        if self.meta_module is None:
+            return weighted_loss(self.task, model, batch, weights, size)
+        return self._with_meta(lambda own: weighted_loss(self.task, model, batch, weights, size, own), step, meta)
 
     def measurements(self, state: TrainingState, batch: object) -> Float[Tensor, " query"]:
         """Evaluate the task's measurements at ``state``, in evaluation mode; differentiable in the state's tensors."""
@@ -422,12 +430,7 @@ class UpdateMap:
         """Evaluate the loss of the step in training mode, with its own random numbers; ``buffers`` is written to."""
 
         def loss(model: nn.Module) -> Tensor:
-            batch, size = inputs.batch, len(inputs.example_ids)
-            if self.meta_module is None:
-                return weighted_loss(self.task, model, batch, weights, size)
-            return self._with_meta(
-                lambda meta: weighted_loss(self.task, model, batch, weights, size, meta), inputs.step, inputs.meta
-            )
+            return self.step_loss(model, inputs.batch, weights, len(inputs.example_ids), inputs.step, inputs.meta)
 
         return self._run(loss, params, buffers, inputs)
 

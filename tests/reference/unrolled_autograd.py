@@ -44,7 +44,7 @@ def adam(theta: Tensor, slots: State, g: Tensor, o: dict, t: int, decoupled: boo
         g = g + decay * theta
     m = beta1 * slots["first_moment"] + (1 - beta1) * g
     v = beta2 * slots["second_moment"] + (1 - beta2) * g**2
-    step = (m / (1 - beta1**t)) / (root(v / (1 - beta2**t)) + o["eps"])
+    step = (m / (1 - beta1**t)) / (root(v / (1 - beta2**t) + o.get("eps_root", 0.0)) + o["eps"])
     return theta - o["lr"] * step, {"first_moment": m, "second_moment": v}
 
 
