@@ -430,3 +430,30 @@ def test_losses_of_a_meta_run_can_be_asked(run: Trajectory):
     coupled = COUPLED.record(MOMENTUM)
     with pytest.raises(InputError, match="couples the examples"):
         hypergradient(coupled, Queries(COUPLED.examples, of="losses"), "meta")
+
+
+def test_a_rerun_says_from_which_step_the_meta_module_counts():
+    class Counted:
+        def losses(self, model: Any, batch: Any, meta: Any) -> Tensor:
+            seen.append(meta.step)
+            return model(batch)[:, 0].square() * meta(batch)[:, 0].square()
+
+        def measurements(self, model: Any, batch: Any) -> Tensor:
+            return model(batch)[:, 0]
+
+    seen: list[int] = []
+    data = torch.randn(4, 2, dtype=torch.float64)
+    linear = nn.Linear(2, 1).double()
+    run = record(
+        nn.Linear(2, 1).double(),
+        data,
+        Counted(),
+        optimizer=lambda p: torch.optim.SGD(p, lr=0.01),
+        epochs=2,
+        batch_size=4,
+        meta=linear,
+    )
+    seen.clear()
+    again = run.rerun(begins_at=10)
+    assert seen == [10, 11]
+    assert [again.inputs(step).step for step in range(2)] == [10, 11]

@@ -18,8 +18,8 @@ such a task and ``meta=`` such a module:
 1. *Backpropagation through training*: the default, exact unrolling from a cold start. ``vary`` gives each outer step another
    initial state; without it all begin at the same one. For models that train in some hundreds of steps.
 2. *Implicit differentiation*: a run of one step, ``start="warm"`` and ``method=FixedPoint(solver="neumann", iterations=2)``;
-   the commentary is then frozen and judged by models that are trained anew (`audit`). The step i is not known to such a run, so
-   weights can't depend on it. The paper's Σ_{j≤1} (I − ηH)^j η is the series for SGD, so train with SGD here: `FixedPoint`
+   the commentary is then frozen and judged by models that are trained anew (`audit`). The step i
+   counts on over outer steps. The paper's Σ_{j≤1} (I − ηH)^j η is the series for SGD, so train with SGD here: `FixedPoint`
    takes that of the optimizer which is used, and at single batches Adam's does not converge.
 
 Masks are looked through after training, too. So the model carries its mask (`MaskedModel`), as buffers that each step sets

@@ -239,13 +239,14 @@ def _again(run: Trajectory | Chain, stage: int, changes: Mapping[str, Any]) -> T
 def _continued(
     run: Trajectory | Chain, stage: int, changes: Mapping[str, Any], ends: list[TrainingState | None], number: int
 ) -> Trajectory | Chain:
-    """Train every stage on from where it ended last; Adam's count of steps goes on, too."""
+    """Train every stage on from where it ended last; Adam's count of steps and the meta-module's go on, too."""
     stages = run.stages if isinstance(run, Chain) else (run,)
     every = []
     for place, (own, end) in enumerate(zip(stages, ends, strict=True)):
         options = dict(changes) if place == stage else {}
         if end is not None:
             options["initial"] = replace(end, step=0)
+        options["begins_at"] = number * len(own)
         if own.records and "step" in own.records[0].hyper[0]:
             counted = torch.tensor([[float(h["step"]) for h in record.hyper] for record in own.records], dtype=torch.float64)
             options["hyper"] = {**options.get("hyper", {}), "step": counted + number * len(own)}

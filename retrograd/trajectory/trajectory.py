@@ -123,6 +123,7 @@ class Trajectory:
         tolerance: how far a replayed update may be from the recorded one, as a share of its size, beyond rounding.
         counterfactual: the change of the data that this run is the right place to linearise for.
         parents: runs whose outcome this run started from.
+        begins_at: what a meta-module is told as the number of the first step.
     """
 
     def __init__(
@@ -136,11 +137,12 @@ class Trajectory:
         tolerance: float = 1e-5,
         counterfactual: Counterfactual | None = None,
         parents: "Sequence[Trajectory]" = (),
+        begins_at: int = 0,
     ):
         self.update_map, self.examples, self.records = update_map, examples, list(records)
         self.checkpoints, self.schedule, self.tolerance = checkpoints, schedule, tolerance
         self.counterfactual = counterfactual or Counterfactual()
-        self.parents = tuple(parents)
+        self.parents, self.begins_at = tuple(parents), begins_at
         self._compared: set[int] = set()  # steps of stored states that a walk has been compared with already
         self.drift = 0.0  # how far a replayed update was from the recorded one at most; 0: bit for bit so far
 
@@ -172,7 +174,7 @@ class Trajectory:
             raise NotRecorded(f"step {step} is not recorded. Recorded steps: 0 to {len(self) - 1}.")
         record = self.records[step]
         batch = to_device(self.examples.batch(record.example_ids), self.device)
-        return StepInputs(record.example_ids, record.weights, record.hyper, batch, record.seed, step)
+        return StepInputs(record.example_ids, record.weights, record.hyper, batch, record.seed, self.begins_at + step)
 
     def state(self, step: int) -> TrainingState:
         """Return the state s_t before step ``t``, 0 ≤ t ≤ T, replayed from the nearest stored state before it."""
@@ -296,6 +298,7 @@ class Trajectory:
         order: Sequence[Tensor] | None = None,
         seed: int | None = None,
         initial: TrainingState | None = None,
+        begins_at: int | None = None,
         schedule: Schedule | None = None,
         counterfactual: Counterfactual | None = None,
     ) -> "Trajectory":
@@ -311,6 +314,7 @@ class Trajectory:
             order: ids of each step's batch; recorded weights of the steps then do not apply.
             seed: another seed of the random numbers inside the steps.
             initial: another initial state.
+            begins_at: what a meta-module is told as the number of the first step.
             schedule: which states to keep, in memory; that of this run if not given.
             counterfactual: what the new run is the linearisation point of.
 
@@ -340,6 +344,7 @@ class Trajectory:
             tolerance=self.tolerance,
             counterfactual=counterfactual,
             parents=self.parents,
+            begins_at=self.begins_at if begins_at is None else begins_at,
         )
         keep_checkpoint(checkpoints, schedule, state)
         for step in track(range(len(self)), "training again"):
