@@ -54,7 +54,7 @@ from retrograd.errors import InputError, NotRecorded, SolverFailed
 from retrograd.linalg import Solution, conjugate_gradients, neumann, nystrom
 from retrograd.params import Params, flatten, unflatten
 from retrograd.trajectory import Pullback, Run, StateVectors, StepInputs, Trajectory
-from retrograd.trajectory.rule_jacobian import Coefficient, Jacobian
+from retrograd.trajectory.rule_jacobian import Jacobian
 
 _FORGOTTEN = 1e9  # steps after which Adam's bias corrections are 1
 _IN_THE_LOSS = "example_weights, weight_decay, meta, inputs, labels"
@@ -209,25 +209,25 @@ class _System:
     def __init__(self, run: Trajectory, numbers: range):
         self._map, self.state = run.update_map, run.final_state
         self.inputs = [_settled(run.inputs(number)) for number in numbers]
-        rules, written, graph = [], set(), None
+        total: dict[str, Jacobian] = {}
+        written, graph = set(), None
         for inputs in self.inputs:
             graph = self._map.graph(self.state, inputs)
-            rules.append(self._map.linearised_rule(self.state, graph.grads, inputs))
+            rule = self._map.linearised_rule(self.state, graph.grads, inputs)
+            if rule.clips:
+                raise InputError(
+                    "clipping is still active at the end of the run, so it has not settled; use Unrolled(), or train longer."
+                )
+            for name, jacobian in rule.jacobians.items():
+                total[name] = _plus(total.get(name), jacobian, 1 / len(self.inputs))
             written |= graph.written
         assert graph is not None
         # One graph is kept and reversed again and again; of several, each is built anew: memory stays that of one step.
         self._kept = graph if len(self.inputs) == 1 else None
         self._written = frozenset(written)
-        if any(rule.clips for rule in rules):
-            raise InputError(
-                "clipping is still active at the end of the run, so it has not settled; use Unrolled(), or train longer."
-            )
         self._names = [name for name in self._map.names if name in graph.grads]
         self._like = {name: self.state.params[name] for name in self._names}
-        self._eliminated = {
-            name: eliminate_slots(_mean([rule.jacobians[name] for rule in rules]), self._like[name], self._map.rule.slots)
-            for name in self._names
-        }
+        self._eliminated = {name: eliminate_slots(total[name], self._like[name], self._map.rule.slots) for name in self._names}
         self.steps = flatten([self._eliminated[name][1] for name in self._names])
         self._decay = flatten([self._eliminated[name][0] for name in self._names]) / self.steps
         self.drift = self._drift(run)
@@ -316,15 +316,13 @@ def eliminate_slots(jacobian: Jacobian, like: Tensor, slots: tuple[str, ...]) ->
     return decay - through[..., 0], step - through[..., 1], {slot: owed[..., row] for row, slot in enumerate(slots)}
 
 
-def _mean(jacobians: list[Jacobian]) -> Jacobian:
-    def mean(target: str, source: str) -> Coefficient:
-        values = [jacobian[target][source] for jacobian in jacobians]
-        total = values[0]
-        for value in values[1:]:
-            total = total + value
-        return total / len(values)
-
-    return {target: {source: mean(target, source) for source in row} for target, row in jacobians[0].items()}
+def _plus(total: Jacobian | None, jacobian: Jacobian, share: float) -> Jacobian:
+    if total is None:
+        return {target: {source: share * value for source, value in row.items()} for target, row in jacobian.items()}
+    return {
+        target: {source: total[target][source] + share * value for source, value in row.items()}
+        for target, row in jacobian.items()
+    }
 
 
 def _settled(inputs: StepInputs) -> StepInputs:

@@ -418,9 +418,10 @@ class Trajectory:
             return
         stored = self._load(step + 1)
         after = self.advance(before, step)
-        self._judge(after.difference(stored, before), step)
         if not after.equals(stored):
-            self._note_drift(after.difference(stored, before), step)
+            difference = after.difference(stored, before)
+            self._judge(difference, step)
+            self._note_drift(difference, step)
         self._compared.add(step + 1)
 
     def _compare(self, before: TrainingState, after: TrainingState, expected: float, step: int) -> None:
