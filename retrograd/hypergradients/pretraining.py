@@ -109,7 +109,8 @@ class ContrastiveLoss:
         ℓ_a = −log exp(s_ab/τ) / Σ_{c≠a} exp(s_ac/τ),     loss = Σ_i w_i (ℓ_i' + ℓ_i'') / 2B
 
     a and b are the two views of an example, c every view in the batch, s the cosine of their embeddings. Batches are inputs,
-    or tuples that begin with them; ``meta(inputs)`` draws a view, from torch's random numbers, which a run records.
+    or tuples that begin with them; ``meta(inputs)`` draws a view, from torch's random numbers, which a run records. Without a
+    meta-module it is left to the model (its dropout) to make the two views differ.
 
     Args:
         temperature: τ.
@@ -129,10 +130,11 @@ class ContrastiveLoss:
         if not self.temperature > 0:
             raise InputError(f"temperature must be positive, got {self.temperature}.")
 
-    def loss(self, model: nn.Module, batch: Any, weights: Float[Tensor, " batch"], meta: Any) -> Float[Tensor, ""]:
+    def loss(self, model: nn.Module, batch: Any, weights: Float[Tensor, " batch"], meta: Any = None) -> Float[Tensor, ""]:
         """Return the weighted mean of the examples' losses, in nats."""
         inputs = _inputs(batch)
-        found = self._each(model(meta(inputs)), model(meta(inputs)))
+        first, second = (inputs if meta is None else meta(inputs) for _ in range(2))
+        found = self._each(model(first), model(second))
         return (weights.to(found) * found).sum() / len(found)
 
     def measurements(self, model: nn.Module, batch: Any) -> Float[Tensor, " query"]:
