@@ -55,8 +55,12 @@ def description(update_map: UpdateMap) -> dict[str, Any]:
         if module is not None
         else None
     )
+    gradient = update_map.gradient
+    game = {} if gradient.players.keys() == {""} else {"players": gradient.players, "turns": gradient.turns}
     return {
         **({} if meta is None else {"meta": meta}),
+        **{name: json.loads(json.dumps(value)) for name, value in game.items()},  # as a manifest gives them back
+        **({} if gradient.direction is None else {"direction": _describe(gradient.direction)}),
         "model": {
             "class": type(model).__qualname__,
             "parameters": {
@@ -103,6 +107,8 @@ def _describe(thing: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, str | int | float | bool | None):
         return value
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
     if is_dataclass(value) or type(value).__repr__ is object.__repr__:  # a memory address says nothing tomorrow
         return _describe(value)
     return repr(value)

@@ -1,7 +1,7 @@
 """Record a training run with the library's own loop, and open a run folder."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from retrograd.directions import Direction
 from retrograd.errors import IncompleteRecord, InputError, ModelChanged, NonFinite
+from retrograd.game import AnyGame, is_game, players_of, turns_of
 from retrograd.progress import track
 from retrograd.task import AnyTask
 from retrograd.trajectory.counterfactual import Counterfactual, Removal, Seeds
@@ -18,12 +20,13 @@ from retrograd.trajectory.recorder import Recorder
 from retrograd.trajectory.refusals import check_same_run
 from retrograd.trajectory.schedule import Schedule, Sqrt
 from retrograd.trajectory.state import StepRecord
+from retrograd.trajectory.step_gradient import ONE
 from retrograd.trajectory.store import RunFolder
 from retrograd.trajectory.trajectory import Trajectory, to_device
 from retrograd.trajectory.update_map import UpdateMap
 from retrograd.update_rules import UpdateRule, rule_named
 
-OptimizerOf = torch.optim.Optimizer | Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+OptimizerOf = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 
 
 def batch_order(examples: Examples, epochs: int, batch_size: int, seed: int) -> list[Tensor]:
@@ -42,7 +45,7 @@ def batch_order(examples: Examples, epochs: int, batch_size: int, seed: int) -> 
 def record(
     model: nn.Module,
     dataset: Any,
-    task: AnyTask,
+    task: AnyTask | AnyGame,
     *,
     optimizer: OptimizerOf,
     epochs: int | None = None,
@@ -50,6 +53,7 @@ def record(
     order: Tensor | Sequence[Tensor] | None = None,
     learning_rates: Sequence[float] | Tensor | None = None,
     clip_norm: float | None = None,
+    direction: Direction | None = None,
     weights: Float[Tensor, " example"] | None = None,
     meta: nn.Module | None = None,
     seed: int = 0,
@@ -66,13 +70,16 @@ def record(
         model: the module to train, as initialised by the caller.
         dataset: training examples: tensors with one row an example, a ``TensorDataset``, a map-style data set, or
             `Examples`.
-        task: per-example losses and measurements.
-        optimizer: a ``torch.optim`` optimizer over the model's parameters, or a function that makes one from them.
-        epochs: how often to go through the data, shuffled with ``seed``; together with ``batch_size``.
+        task: per-example losses and measurements; or a game, whose players are parts of ``model``.
+        optimizer: a ``torch.optim`` optimizer over the model's parameters, or a function that makes one from them (in a game
+            from one parameter group for each player).
+        epochs: how often to go through the data, shuffled with ``seed``; together with ``batch_size``. In a game with turns
+            each batch is used for every turn, one after the other.
         batch_size: examples in a batch.
         order: instead, the ids of each step's batch: ``[T, B]`` or a list of T vectors.
         learning_rates: learning rate of each step, for every group; the optimizer's own if not given.
         clip_norm: clip the global norm of the gradient to this.
+        direction: what takes the gradient's place, as extragradient does (see `retrograd.directions`).
         weights: weight of each example in the order of its row, shape ``[N]``; ones if not given.
         meta: a meta-module that the task's losses take as one argument more (see `retrograd.task.Meta`).
         seed: seed of the order and of the random numbers inside the steps.
@@ -98,8 +105,8 @@ def record(
     (50, 2.0)
     """
     examples = Examples.of(dataset)
-    steps = _steps(examples, epochs, batch_size, order, seed)
-    made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(model.parameters())
+    steps = _steps(examples, epochs, batch_size, order, seed, turns_of(task) if is_game(task) else ())
+    made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(_groups_of(model, task))
     if learning_rates is not None and len(learning_rates) != len(steps):
         raise InputError(f"learning_rates needs one number a step: {len(steps)} steps, {len(learning_rates)} numbers.")
     if weights is not None and weights.shape != (len(examples),):
@@ -121,6 +128,7 @@ def record(
         seed=seed,
         counterfactual=counterfactual,
         meta=meta,
+        direction=direction,
     )
     own_rates = [group["lr"] for group in made.param_groups]
     in_groups = {id(leaf) for group in made.param_groups for leaf in group["params"]}
@@ -137,11 +145,14 @@ def record(
             with recorder.step(ids, step_weights) as step:
                 made.zero_grad()
                 on_device = None if step_weights is None else step_weights.to(device)
-                loss = recorder.update_map.step_loss(model, batch, on_device, len(ids), number)
+                if recorder.update_map.gradient.plain:
+                    loss = recorder.update_map.step_losses(model, batch, on_device, len(ids), number)[ONE]
+                    loss.backward()
+                else:
+                    loss = recorder.set_gradients(ids, on_device, batch, step.seed)
                 step.loss = loss.item()
                 if not math.isfinite(step.loss):
                     raise NonFinite(f"the loss of step {number} is {step.loss}. Lower the learning rate or set clip_norm=.")
-                loss.backward()
                 if clip_norm is not None:
                     torch.nn.utils.clip_grad_norm_(trained, clip_norm)
                 made.step()
@@ -156,9 +167,10 @@ def open_run(
     folder: str | PathLike[str],
     model: nn.Module,
     dataset: Any,
-    task: AnyTask,
+    task: AnyTask | AnyGame,
     *,
     rule: UpdateRule | None = None,
+    direction: Direction | None = None,
     meta: nn.Module | None = None,
     checkpoints: Schedule | None = None,
 ) -> Trajectory:
@@ -172,6 +184,7 @@ def open_run(
         dataset: the same examples.
         task: the same task.
         rule: the update rule, if it is not one of the library's own.
+        direction: what took the gradient's place, if anything did.
         meta: the meta-module, if there was one; its parameters may have any values, those of the record are used.
         checkpoints: how many states a replay may hold; no bound if not given.
 
@@ -197,6 +210,7 @@ def open_run(
         manifest["clip_norm"],
         manifest["model"]["evaluation_modules"],
         meta,
+        direction,
     )
     if meta is not None:
         update_map = update_map.with_meta(store.load_meta())
@@ -231,8 +245,20 @@ def _check_continued(records: Sequence[StepRecord], steps: list[Tensor]) -> None
             )
 
 
+def _groups_of(model: nn.Module, task: AnyTask | AnyGame) -> Any:
+    if not is_game(task):
+        return model.parameters()
+    leaves = {name: leaf for name, leaf in model.named_parameters() if leaf.requires_grad}
+    return [{"params": [leaves[name] for name in names]} for names in players_of(task, [*leaves]).values()]
+
+
 def _steps(
-    examples: Examples, epochs: int | None, batch_size: int | None, order: Tensor | Sequence[Tensor] | None, seed: int
+    examples: Examples,
+    epochs: int | None,
+    batch_size: int | None,
+    order: Tensor | Sequence[Tensor] | None,
+    seed: int,
+    turns: Sequence[object],
 ) -> list[Tensor]:
     if order is not None:
         if epochs is not None or batch_size is not None:
@@ -242,4 +268,4 @@ def _steps(
         raise InputError("record needs epochs and batch_size, or the order of the batches: order=[T, B].")
     if epochs < 1 or batch_size < 1:
         raise InputError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
-    return batch_order(examples, epochs, batch_size, seed)
+    return [ids for ids in batch_order(examples, epochs, batch_size, seed) for _ in turns or [None]]

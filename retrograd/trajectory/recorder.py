@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrograd.directions import Direction
 from retrograd.errors import (
     CorruptRecord,
     InputError,
@@ -35,6 +36,7 @@ from retrograd.errors import (
     ReplayMismatch,
     UnsupportedTraining,
 )
+from retrograd.game import AnyGame
 from retrograd.task import AnyTask
 from retrograd.trajectory import digests
 from retrograd.trajectory.checkpoints import MemoryCheckpoints, keep_checkpoint
@@ -55,7 +57,10 @@ _SETTLED_TOGETHER = 256  # steps; what a memory recording has not settled yet wa
 class Step:
     """Handle of the step that is being recorded; set `loss` to have it in the record."""
 
-    loss: Tensor | float | None = None
+    loss: Any = None
+
+    def __init__(self, seed: int):
+        self.seed = seed
 
 
 class Recorder:
@@ -65,7 +70,8 @@ class Recorder:
         model: the module that is trained.
         dataset: its training examples (anything that `Examples` takes).
         task: the same loss that the loop minimises, per example.
-        optimizer: the loop's ``torch.optim`` optimizer, over parameters of ``model``.
+        optimizer: the loop's ``torch.optim`` optimizer, over parameters of ``model``; several of them, of one kind, where
+            every step of the record is a step of one of them (a game with turns).
         clip_norm: the norm given to ``clip_grad_norm_`` in the loop, if there is such a call.
         checkpoints: which states are kept.
         folder: where to write the run; None keeps it in memory.
@@ -78,6 +84,7 @@ class Recorder:
         counterfactual: what the run is the linearisation point of, if its learning rates were chosen to match one.
         meta: the meta-module that the task's losses take (see `retrograd.task.Meta`); its parameters must stay as they are
             while the model trains.
+        direction: what the loop steps along instead of the gradient (see `retrograd.directions`).
 
     Raises:
         UnknownOptimizer: no update rule equals the optimizer.
@@ -89,8 +96,8 @@ class Recorder:
         self,
         model: nn.Module,
         dataset: Any,
-        task: AnyTask,
-        optimizer: torch.optim.Optimizer,
+        task: AnyTask | AnyGame,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         *,
         clip_norm: float | None = None,
         checkpoints: Schedule | None = None,
@@ -101,20 +108,22 @@ class Recorder:
         check_every: int | None = None,
         counterfactual: Counterfactual | None = None,
         meta: nn.Module | None = None,
+        direction: Direction | None = None,
     ):
-        rule = rule_of(optimizer)
-        refuse_hooks(model, optimizer)
+        self._optimizers = (optimizer,) if isinstance(optimizer, torch.optim.Optimizer) else tuple(optimizer)
+        self._rule = rule = _one_rule(self._optimizers)
+        for own in self._optimizers:
+            refuse_hooks(model, own)
         self.model, self.optimizer, self.seed = model, optimizer, seed
         self.schedule = checkpoints or Sqrt()
-        self._rule: TorchRule = rule
-        self._groups = _group_names(model, optimizer)
+        self._groups = _group_names(model, self._param_groups)
         self._params = dict(model.named_parameters())
         in_groups = {name for group in self._groups for name in group}
         self._trained = {name: leaf for name, leaf in self._params.items() if name in in_groups}
         self._watched = [*self._params.values(), *model.buffers()]
         evaluation = [name for name, module in model.named_modules() if not module.training]
         self._trajectory = Trajectory(
-            UpdateMap(model, task, rule, self._groups, clip_norm, evaluation, meta),
+            UpdateMap(model, task, rule, self._groups, clip_norm, evaluation, meta, direction),
             Examples.of(dataset),
             [],
             RunFolder(folder) if folder is not None else MemoryCheckpoints(),
@@ -122,6 +131,7 @@ class Recorder:
             tolerance=tolerance,
             counterfactual=counterfactual,
         )
+        _check_groups(self.update_map, self._groups)
         self._check_every = check_every
         self._mark = smallest(self._trained)
         self._pending: list[tuple[Tensor, Tensor | None, tuple[dict[str, float], ...], int, Tensor | float | None, Tensor]] = []
@@ -134,7 +144,7 @@ class Recorder:
         else:
             self._begin()
         self._versions = self._tensor_versions()
-        self._hook = optimizer.register_step_pre_hook(self._before_optimizer_step)
+        self._hooks = [own.register_step_pre_hook(self._before_optimizer_step) for own in self._optimizers]
 
     @property
     def steps_done(self) -> int:
@@ -174,7 +184,8 @@ class Recorder:
                 "moves its statistics; call model.eval() first), weight averaging, loading weights."
             )
         before = self._live_state(number).clone() if self._is_checked(number) else None
-        self._hyper, handle, seed = None, Step(), step_seed(self.seed, number)
+        self._hyper, seed = None, step_seed(self.seed, number)
+        handle = Step(seed)
         self._inside = True
         try:
             with seeded(seed, self._trained):
@@ -208,10 +219,41 @@ class Recorder:
 
     def close(self) -> None:
         """Let go of the optimizer without finishing; what is on disk can be resumed. `finish` does this by itself."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
         self._writer.close()
 
+    def set_gradients(self, ids: Tensor, weights: Tensor | None, batch: Any, seed: int) -> Tensor:
+        """Do what ``loss.backward()`` does where there is no one loss: in a game, or with a direction. Returns the loss."""
+        number = self.steps_done
+        # A direction asks for the learning rates only; the rest may yet change, once it is known who has a gradient.
+        inputs = StepInputs(ids, weights, self._coming_hyper(), batch, seed, number)
+        grads, buffers, loss = self.update_map.step_gradient(self._live_state(number), inputs)
+        with torch.no_grad():
+            for name, leaf in self._trained.items():
+                leaf.grad = grads.get(name)
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(buffers[name])
+        return loss
+
     # ------------------------------------------------------------------ checks
+
+    def _coming_hyper(self) -> tuple[dict[str, float], ...]:
+        """Return the hyperparameters of the coming update, group by group."""
+        return tuple(
+            self._rule.hyper_from_torch(group, self._state_of_first_with_gradient(group)) for group in self._param_groups
+        )
+
+    def _state_of_first_with_gradient(self, group: dict[str, Any]) -> dict[str, Any]:
+        # A parameter without gradient is not stepped, so its count of steps stands still.
+        return next((self._slots_of(leaf) for leaf in group["params"] if leaf.grad is not None), {})
+
+    @property
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return [group for own in self._optimizers for group in own.param_groups]
+
+    def _slots_of(self, parameter: Tensor) -> dict[str, Any]:
+        return next((own.state[parameter] for own in self._optimizers if parameter in own.state), {})
 
     def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         number = self.steps_done
@@ -225,10 +267,7 @@ class Recorder:
             self._looked = True
             refuse_hooks(self.model, optimizer, ours=1)
             refuse_scaler()
-        self._hyper = tuple(
-            self._rule.hyper_from_torch(group, _state_of_first_with_gradient(optimizer, group))
-            for group in optimizer.param_groups
-        )
+        self._hyper = self._coming_hyper()
 
     def _is_checked(self, number: int) -> bool:
         if self._check_every is not None:
@@ -271,7 +310,7 @@ class Recorder:
         slots: dict[str, dict[str, Tensor]] = {}
         for slot in self._rule.slots:
             key = self._rule.torch_slots[slot]
-            found = {name: self.optimizer.state.get(self._params[name], {}).get(key) for name in params}
+            found = {name: self._slots_of(self._params[name]).get(key) for name in params}
             slots[slot] = {name: torch.zeros_like(params[name]) if leaf is None else leaf for name, leaf in found.items()}
         buffers = {name: leaf.detach() for name, leaf in self.model.named_buffers()}
         return TrainingState(params, slots, buffers, number)
@@ -363,8 +402,13 @@ class Recorder:
                 buffer.copy_(state.buffers[name])
         if state.step == 0:
             return
-        hyper = self._trajectory.records[-1].hyper
+        gradient = self.update_map.gradient
         for index, group in enumerate(self._groups):
+            moved = (number for number in reversed(range(state.step)) if gradient.moves(group, number))
+            last = next(moved, None)
+            if last is None:
+                continue
+            hyper = self._trajectory.records[last].hyper
             for name in group:
                 parameter = self._params[name]
                 own: dict[str, Any] = {
@@ -372,7 +416,10 @@ class Recorder:
                 }
                 if "step" in hyper[index]:
                     own["step"] = torch.tensor(float(hyper[index]["step"]))
-                self.optimizer.state[parameter] = own
+                owner = next(
+                    one for one in self._optimizers if any(parameter is p for g in one.param_groups for p in g["params"])
+                )
+                owner.state[parameter] = own
 
     def _manifest(self, status: str) -> dict[str, Any]:
         trajectory = self._trajectory
@@ -412,15 +459,31 @@ class _Writer:
             self._last.result()
 
 
-def _state_of_first_with_gradient(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> dict[str, Any]:
-    # A parameter without gradient is not stepped, so its count of steps stands still.
-    return next((optimizer.state.get(leaf, {}) for leaf in group["params"] if leaf.grad is not None), {})
+def _one_rule(optimizers: Sequence[torch.optim.Optimizer]) -> TorchRule:
+    rules = [rule_of(optimizer) for optimizer in optimizers]
+    if not rules or any(rule != rules[0] for rule in rules):
+        raise InputError(
+            f"the optimizers of one run must be of one kind, with the same options; got {rules}. Numbers such as lr and betas "
+            "may differ."
+        )
+    return rules[0]
 
 
-def _group_names(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[tuple[str, ...], ...]:
+def _check_groups(update_map: UpdateMap, groups: Sequence[Sequence[str]]) -> None:
+    gradient = update_map.gradient
+    for index, group in enumerate(groups):
+        own = [player for player, names in gradient.players.items() if set(names) & set(group)]
+        if len(gradient.turns) > 1 and len(own) > 1:
+            raise InputError(
+                f"group {index} of the optimizer has parameters of {own}, who do not always move in the same steps. Give each "
+                "player a parameter group of its own."
+            )
+
+
+def _group_names(model: nn.Module, param_groups: Sequence[dict[str, Any]]) -> tuple[tuple[str, ...], ...]:
     names = {id(leaf): name for name, leaf in model.named_parameters()}
     groups = []
-    for index, group in enumerate(optimizer.param_groups):
+    for index, group in enumerate(param_groups):
         unknown = sum(id(leaf) not in names for leaf in group["params"])
         if unknown:
             raise InputError(

@@ -58,6 +58,8 @@ def check_same_run(manifest: dict[str, Any], update_map: UpdateMap, examples: Ex
     """
     if "meta" in manifest and update_map.meta_module is None:
         raise ModelChanged(f"the run was trained with a meta-module, {manifest['meta']['class']}: give it as meta=.")
+    if "direction" in manifest and update_map.gradient.direction is None:
+        raise ModelChanged(f"the run was trained along a direction, {manifest['direction']}: give it as direction=.")
     for key, now in digests.description(update_map).items():
         if manifest.get(key) != now:
             raise ModelChanged(f"{key} is not what was recorded: {_difference(manifest.get(key), now)}.")

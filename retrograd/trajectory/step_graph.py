@@ -27,8 +27,8 @@ StepCurvature = Literal["hessian", "gauss_newton"]
 """What stands for the derivative of the batch gradient by the parameters: the Hessian itself, or the Gauss-Newton matrix."""
 
 
-LossOf = Callable[[Params, Params, StepInputs, Tensor | None], Tensor]
-"""Maps (parameters, buffers, inputs, weights) to the loss of a step; the buffers are written to as the forward pass does."""
+GradientOf = Callable[[Params, Params, StepInputs, Tensor | None, bool], tuple[Params, Tensor]]
+"""Maps (parameters, buffers, inputs, weights, create_graph) to a step's gradient and loss, as `StepGradient` does."""
 
 Products = tuple[dict[str, Tensor | None], Tensor | None]
 """∂ψ/∂θ and ∂ψ/∂b under the names of parameters and ``buffers/…``, and ∂ψ/∂w; None where there is no dependence.
@@ -89,11 +89,12 @@ class StepGraph:
     """The graph of the batch gradient at one state, to be reversed once for every costate.
 
     Args:
-        loss_of: gives the loss.
+        gradient_of: gives the gradient.
         state: s_t.
         inputs: u_t.
         others: leaves among ``inputs`` to differentiate by as well, by name.
         shared: whether it will be reversed for more than one costate.
+        own_functions: whether kernels of our own may be used (see `twice_differentiable`).
 
     Attributes:
         grads: the batch gradient, of the parameters that have one.
@@ -103,19 +104,18 @@ class StepGraph:
 
     def __init__(
         self,
-        loss_of: LossOf,
+        gradient_of: GradientOf,
         state: TrainingState,
         inputs: StepInputs,
         others: Mapping[str, Tensor] | None = None,
         shared: bool = True,
+        own_functions: bool = True,
     ):
         self._leaves, self._others = StepLeaves(state, inputs), dict(others or {})
         leaves, self.weights = self._leaves, self._leaves.weights
-        with twice_differentiable(shared=shared):
-            loss = loss_of(leaves.params, leaves.buffers_out, inputs, leaves.weights)
-            leaves.refuse_non_finite(loss)
-            found = torch.autograd.grad(loss, list(leaves.params.values()), create_graph=True, allow_unused=True)
-        self.grads = {name: grad for name, grad in zip(leaves.params, found, strict=True) if grad is not None}
+        with twice_differentiable(own_functions, shared):
+            self.grads, loss = gradient_of(leaves.params, leaves.buffers_out, inputs, leaves.weights, True)
+        leaves.refuse_non_finite(loss)
         self.written = leaves.written()
         refuse_once_differentiable(list(self.grads.values()))
 

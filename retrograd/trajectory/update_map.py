@@ -26,7 +26,7 @@ autograd's one-sided choice is taken. Cost: building the graph about 1.5 plain t
 batch, on the batched route times the costates of a slice.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,14 +36,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from retrograd.directions import Direction
 from retrograd.errors import InputError
+from retrograd.game import AnyGame
 from retrograd.params import Params, Slots, count
-from retrograd.task import AnyTask, BoundModel, CoupledTask, Meta, SplitTask, weighted_loss
+from retrograd.task import AnyTask, BoundModel, CoupledTask, Meta, SplitTask
 from retrograd.trajectory.clipped_rule import ClippedRule, LinearisedRule
 from retrograd.trajectory.gauss_newton_graph import GaussNewtonGraph
 from retrograd.trajectory.kernels import twice_differentiable
 from retrograd.trajectory.modes import evaluation_mode, seeded, training_mode
 from retrograd.trajectory.state import StateVectors, StepInputs, TrainingState, map_batch
+from retrograd.trajectory.step_gradient import ONE, Losses, StepGradient, player_losses
 from retrograd.trajectory.step_graph import Route, StepCurvature, StepGraph
 from retrograd.trajectory.step_inputs import InputVectors, Rebuild, batch_names, input_leaves
 from retrograd.update_rules import Hyper, UpdateRule
@@ -75,6 +78,7 @@ class UpdateMap:
         rule: the optimizer's update rule.
         groups: names of the parameters of each optimizer group; together all trainable parameters.
         clip_norm: the global norm to which gradients are clipped, or None.
+        direction: what takes the gradient's place in front of clipping and the rule (see `retrograd.directions`), or None.
         evaluation_modules: names of submodules that stay in evaluation mode during training (frozen batch norm).
         meta: the meta-module that the task's losses take, or None. Its parameters that require gradients are copied: they are
             the meta-parameters, constant along a run. All else of it is taken as it is, and never changed.
@@ -94,12 +98,13 @@ class UpdateMap:
     def __init__(
         self,
         model: nn.Module,
-        task: AnyTask,
+        task: AnyTask | AnyGame,
         rule: UpdateRule,
         groups: Sequence[Sequence[str]],
         clip_norm: float | None = None,
         evaluation_modules: Sequence[str] = (),
         meta: nn.Module | None = None,
+        direction: Direction | None = None,
     ):
         self.model, self.task, self.rule, self.clip_norm = model, task, rule, clip_norm
         self.groups = tuple(tuple(group) for group in groups)
@@ -111,7 +116,7 @@ class UpdateMap:
         self.meta_module = meta
         own = {} if meta is None else {name: leaf for name, leaf in meta.named_parameters() if leaf.requires_grad}
         self.meta = {name: leaf.detach().clone() for name, leaf in own.items()}
-        self._used: frozenset[str] | None = None  # parameters that get a gradient at all
+        self.gradient = StepGradient(task, self.names, self._rule.group_of, direction)
 
     def with_meta(self, meta: Params) -> "UpdateMap":
         """Return the same map with other meta-parameters, copied.
@@ -136,15 +141,10 @@ class UpdateMap:
 
     def __call__(self, state: TrainingState, inputs: StepInputs) -> TrainingState:
         """Return s_{t+1}; bit for bit what an ordinary loop of torch gives on the same machine."""
-        params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
-        buffers = {name: leaf.detach().clone() for name, leaf in state.buffers.items()}
-        loss = self._loss(params, buffers, inputs, inputs.weights)
-        names = list(params)
-        found = torch.autograd.grad(loss, [params[name] for name in names], allow_unused=True)
-        grads = {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+        grads, buffers, _ = self.step_gradient(state, inputs)
         with torch.no_grad():
             params, slots = self.update(state.params, state.slots, self._rule.clip(grads), inputs.hyper)
-        return TrainingState(params, slots, {name: leaf.detach() for name, leaf in buffers.items()}, state.step + 1)
+        return TrainingState(params, slots, buffers, state.step + 1)
 
     def many(
         self, states: TrainingState, inputs: StepInputs, weights: Float[Tensor, "model batch"], own_batches: bool = False
@@ -157,26 +157,47 @@ class UpdateMap:
             weights: example weights of each model.
             own_batches: the batch's tensors have a leading axis ``model``, too, instead of being shared.
         """
-        if self._used is None:
-            one = states.map(lambda leaf: leaf[0])
-            batch = map_batch(lambda leaf: leaf[0], inputs.batch) if own_batches else inputs.batch
-            self._used = frozenset(StepGraph(self._loss, one, replace(inputs, batch=batch, weights=weights[0])).grads)
-        used = self._used
+        one = states.map(lambda leaf: leaf[0])
+        batch = map_batch(lambda leaf: leaf[0], inputs.batch) if own_batches else inputs.batch
+        used = self._used(one, replace(inputs, batch=batch))
 
         def step(params: Params, slots: Slots, buffers: Params, weights: Tensor, batch: object) -> tuple[Params, Slots, Params]:
-            def loss(params: Params) -> tuple[Tensor, Params]:
-                written = {name: leaf.clone() for name, leaf in buffers.items()}
-                return self._loss(params, written, replace(inputs, batch=batch), weights), written
-
-            grads, written = torch.func.grad(loss, has_aux=True)(params)
-            grads = self._rule.clip({name: leaf for name, leaf in grads.items() if name in used})
-            return *self.update(params, slots, grads, inputs.hyper), written
+            new = self._step(TrainingState(params, slots, buffers, 0), replace(inputs, batch=batch), weights, used)
+            return new.params, new.slots, new.buffers
 
         axes = (0, 0, 0, 0, 0 if own_batches else None)
         stepped = torch.func.vmap(step, axes, randomness="same")
         with sdpa_kernel(SDPBackend.MATH):  # the fused kernel has no batched form
             new = stepped(states.params, states.slots, states.buffers, weights, inputs.batch)
         return TrainingState(*new, states.step + 1)
+
+    def differentiable_step(self, state: TrainingState, inputs: StepInputs) -> TrainingState:
+        """Return s_{t+1} as a function that `torch.func` and autograd can differentiate by the tensors of ``state``.
+
+        Its values are those of a call, to rounding. `pullback` and `pushforward` cost less; this is for what they cannot do,
+        such as derivatives of products.
+        """
+        weights = _weights(state, inputs)
+        with twice_differentiable(own_functions=False):
+            return self._step(state, inputs, weights, self._used(state, inputs))
+
+    def _step(self, state: TrainingState, inputs: StepInputs, weights: Tensor, used: frozenset[str]) -> TrainingState:
+        grads, buffers = self.gradient.pure(self._losses, state.params, state.buffers, inputs, weights)
+        grads = self._rule.clip({name: leaf for name, leaf in grads.items() if name in used})
+        return TrainingState(*self.update(state.params, state.slots, grads, inputs.hyper), buffers, state.step + 1)
+
+    def _used(self, state: TrainingState, inputs: StepInputs) -> frozenset[str]:
+        return self.gradient.used(self._losses, state.params, state.buffers, inputs, None)
+
+    def step_gradient(self, state: TrainingState, inputs: StepInputs) -> tuple[Params, Params, Tensor]:
+        """Return the step's gradient (or direction) of the parameters that have one, the buffers after it, and the loss.
+
+        The loss is summed over the players that move in this step.
+        """
+        params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
+        buffers = {name: leaf.detach().clone() for name, leaf in state.buffers.items()}
+        grads, loss = self._gradient(params, buffers, inputs, inputs.weights)
+        return grads, {name: leaf.detach() for name, leaf in buffers.items()}, loss
 
     def update(self, params: Params, slots: Slots, grads: Params, hyper: tuple[Hyper, ...]) -> tuple[Params, Slots]:
         """Apply the update rule U. A parameter without gradient stays as it is, as in torch."""
@@ -186,13 +207,15 @@ class UpdateMap:
         """Return the index of the optimizer group that a parameter belongs to."""
         return self._rule.group_of[name]
 
-    def step_loss(
+    def step_losses(
         self, model: nn.Module, batch: Any, weights: Tensor | None, size: int, step: int, meta: Params | None = None
-    ) -> Tensor:
-        """Return the loss of step ``step`` on a batch, with the meta-module bound to ``meta`` or to the run's parameters."""
-        if self.meta_module is None:
-            return weighted_loss(self.task, model, batch, weights, size)
-        return self._with_meta(lambda own: weighted_loss(self.task, model, batch, weights, size, own), step, meta)
+    ) -> Losses:
+        """Return each player's loss of a batch, the meta-module bound to ``meta`` or to the run's meta-parameters."""
+
+        def losses(*more: Meta) -> Losses:
+            return player_losses(self.task, self.gradient.players, model, batch, weights, size, *more)
+
+        return losses() if self.meta_module is None else self._with_meta(losses, step, meta)
 
     def measurements(self, state: TrainingState, batch: object) -> Float[Tensor, " query"]:
         """Evaluate the task's measurements at ``state``, in evaluation mode; differentiable in the state's tensors."""
@@ -205,10 +228,15 @@ class UpdateMap:
 
     def losses(self, state: TrainingState, batch: object) -> Float[Tensor, " batch"]:
         """Per-example losses at ``state``, in evaluation mode; differentiable in the state's tensors."""
-        if isinstance(self.task, CoupledTask):
-            raise InputError(f"{type(self.task).__name__} couples the examples of a batch: it has no per-example losses.")
+        task: Any = self.task
+        if ONE not in self.gradient.players:
+            raise InputError(
+                f"{type(task).__name__} is a game: what its examples did is no gradient of one loss. Methods that go through "
+                "the steps, Unrolled() and Unrolled(last=K), know what to do."
+            )
+        if isinstance(task, CoupledTask):
+            raise InputError(f"{type(task).__name__} couples the examples of a batch: it has no per-example losses.")
         with evaluation_mode(self.model), torch.enable_grad():
-            task: Any = self.task
             losses = task.losses if self.meta_module is None else self._losses_with_meta(state.step)
             return self._bound(losses, {**state.params, **state.buffers}, batch)
 
@@ -285,19 +313,19 @@ class UpdateMap:
             radius: length of the step to either side.
             wrt: names of other inputs to differentiate by.
         """
+        if not self.gradient.plain:
+            raise InputError("differences along a costate need a symmetric Jacobian, which a game has not. Use Unrolled().")
         costates = self._rule.with_all_slots(costates)
         self.check_inputs(wrt, inputs)
         leaves, rebuild = self._input_leaves(state, inputs, wrt)
-        some = next(iter(state.params.values()))
-        weights = some.new_ones(len(inputs.example_ids)) if inputs.weights is None else inputs.weights.to(some)
-        sources = {**state.params, **leaves, "example_weights": weights}
+        sources = {**state.params, **leaves, "example_weights": _weights(state, inputs)}
 
         def gradient(params: Params) -> Params:
             own = {name: leaf.detach().requires_grad_() for name, leaf in {**sources, **params}.items()}
             buffers = {name: leaf.clone() for name, leaf in state.buffers.items()}
             at = {name: own[name] for name in state.params}
             step = rebuild({name: own[name] for name in leaves})
-            loss = self._loss(at, buffers, step, own["example_weights"])
+            loss = self._losses(at, buffers, step, own["example_weights"])[ONE]
             found = torch.autograd.grad(loss, list(own.values()), allow_unused=True)
             return {name: grad for name, grad in zip(own, found, strict=True) if grad is not None}
 
@@ -344,28 +372,21 @@ class UpdateMap:
         leaves, rebuild = self._input_leaves(state, inputs, wrt)
         own = {name: leaf for name, leaf in others.leaves().items() if name in leaves}
         tangents = self._rule.with_all_slots(tangents)
-        ones = torch.ones(len(inputs.example_ids), dtype=_dtype(state.params))
-        weights = ones if inputs.weights is None else inputs.weights.to(ones)
-        moves = weights.new_zeros(len(tangents), len(weights)) if weight_tangents is None else weight_tangents.to(weights)
+        at = _weights(state, inputs)
+        moves = at.new_zeros(len(tangents), len(at)) if weight_tangents is None else weight_tangents.to(at)
 
         def gradient(params: Params, buffers: Params, weights: Tensor, leaves: Params) -> tuple[Params, Params]:
-            def loss(params: Params) -> tuple[Tensor, Params]:
-                written = {name: leaf.clone() for name, leaf in {**state.buffers, **buffers}.items()}
-                with twice_differentiable(own_functions=False):
-                    value = self._loss(params, written, rebuild(leaves), weights)
-                return value, {name: written[name] for name in buffers}
-
-            return torch.func.grad(loss, has_aux=True)(params)
+            with twice_differentiable(own_functions=False):
+                grads, after = self.gradient.pure(self._losses, params, {**state.buffers, **buffers}, rebuild(leaves), weights)
+            return grads, {name: after[name] for name in buffers}
 
         def push(params: Params, buffers: Params, weights: Tensor, others: Params) -> tuple[Params, Params]:
             moving = {name: state.buffers[name] for name in buffers}
-            primals = (state.params, moving, weights_now, leaves)
-            return torch.func.jvp(gradient, primals, (params, buffers, weights, others))[1]
+            return torch.func.jvp(gradient, (state.params, moving, at, leaves), (params, buffers, weights, others))[1]
 
-        weights_now = weights
         pushed = torch.func.vmap(push, randomness="same")(tangents.params, tangents.buffers, moves, own)
         grad_tangents, buffer_tangents = pushed
-        used = StepGraph(self._loss, state, inputs).grads
+        used = self.graph(state, inputs).grads
         rule = self._rule.at(state, used, inputs.hyper, wrt)
         return StateVectors(*rule.push(tangents, grad_tangents, others.hyper), buffer_tangents)
 
@@ -377,6 +398,11 @@ class UpdateMap:
         Raises:
             InputError: with the names that are.
         """
+        if "learning_rate" in wrt and getattr(self.gradient.direction, "rate", 0.0) is None:
+            raise InputError(
+                f"{self.gradient.direction} looks ahead at the learning rate, and derivatives by it do not go that way. Give "
+                "the direction a rate of its own."
+            )
         allowed = self.inputs_of(inputs)
         if not wrt <= allowed:
             raise InputError(
@@ -406,9 +432,11 @@ class UpdateMap:
 
     # ------------------------------------------------------------------ running the user's code
 
-    def graph(self, state: TrainingState, inputs: StepInputs) -> StepGraph:
-        """Return the graph of the batch gradient at ``state``, to be reversed for as many costates as one likes."""
-        return StepGraph(self._loss, state, inputs)
+    def graph(
+        self, state: TrainingState, inputs: StepInputs, others: Mapping[str, Tensor] | None = None, shared: bool = True
+    ) -> StepGraph:
+        """Return the graph of the step's gradient at ``state``, to be reversed for as many costates as one likes."""
+        return StepGraph(self._gradient, state, inputs, others, shared, own_functions=self.gradient.direction is None)
 
     def linearised_rule(self, state: TrainingState, grads: Params, inputs: StepInputs) -> LinearisedRule:
         """Return clipping and update rule, linearised at ``state`` and a batch gradient."""
@@ -418,21 +446,26 @@ class UpdateMap:
         self, state: TrainingState, inputs: StepInputs, curvature: StepCurvature, others: dict[str, Tensor], shared: bool
     ) -> StepGraph | GaussNewtonGraph:
         if curvature == "hessian":
-            return StepGraph(self._loss, state, inputs, others, shared)
+            return self.graph(state, inputs, others, shared)
+        if not self.gradient.plain:
+            raise InputError('games and directions have no Gauss-Newton matrix. Use curvature="hessian".')
         if self.meta_module is not None or others:
             raise InputError(
                 'curvature="gauss_newton" differentiates by example weights and hyperparameters only, and knows no '
                 'meta-modules. Use curvature="hessian".'
             )
-        return GaussNewtonGraph(self.task, self._run, state, inputs)
+        task: Any = self.task
+        return GaussNewtonGraph(task, self._run, state, inputs)
 
-    def _loss(self, params: Params, buffers: Params, inputs: StepInputs, weights: Tensor | None) -> Tensor:
-        """Evaluate the loss of the step in training mode, with its own random numbers; ``buffers`` is written to."""
+    def _losses(self, params: Params, buffers: Params, inputs: StepInputs, weights: Tensor | None) -> Losses:
+        """Evaluate the losses of the step in training mode, with its own random numbers; ``buffers`` is written to."""
+        own = (inputs.batch, weights, len(inputs.example_ids), inputs.step, inputs.meta)
+        return self._run(lambda model: self.step_losses(model, *own), params, buffers, inputs)
 
-        def loss(model: nn.Module) -> Tensor:
-            return self.step_loss(model, inputs.batch, weights, len(inputs.example_ids), inputs.step, inputs.meta)
-
-        return self._run(loss, params, buffers, inputs)
+    def _gradient(
+        self, params: Params, buffers: Params, inputs: StepInputs, weights: Tensor | None, create_graph: bool = False
+    ) -> tuple[Params, Tensor]:
+        return self.gradient(self._losses, params, buffers, inputs, weights, create_graph)
 
     def _losses_with_meta(self, step: int) -> Callable[[nn.Module, Any], Tensor]:
         task: Any = self.task
@@ -453,8 +486,7 @@ class UpdateMap:
         tensors = {**params, **buffers}
         with training_mode(self.model, self.evaluation_modules), torch.enable_grad(), seeded(inputs.seed, params):
             value = self._bound(function, tensors)
-        for name in buffers:
-            buffers[name] = tensors[name]
+        buffers.update({name: tensors[name] for name in buffers})
         return value
 
 
@@ -462,5 +494,6 @@ def _or_zeros(product: Tensor | None, leaf: Tensor, count: int) -> Tensor:
     return leaf.new_zeros(count, *leaf.shape) if product is None else product
 
 
-def _dtype(params: Params) -> torch.dtype:
-    return next(iter(params.values())).dtype
+def _weights(state: TrainingState, inputs: StepInputs) -> Tensor:
+    some = next(iter(state.params.values()))
+    return some.new_ones(len(inputs.example_ids)) if inputs.weights is None else inputs.weights.to(some)
