@@ -1,16 +1,22 @@
 """Do commentaries teach, or do they pass the validation data on?
 
-    python benchmarks/commentaries.py [--quick]
+    python benchmarks/commentaries.py [--quick] [--only C1]
 
 C1, weights: digits, 64-32-10, 500 to train on of which 40 % have a wrong label (any other class), 100 clean ones to validate.
-Algorithm 1: 80 steps of Adam, exact, 25 outer steps, a fresh start and order in each. A weight for each example by itself;
-beside it a network of (image, label, iteration), and algorithm 2 (warm start, Neumann, one step each). Controls by `audit`,
-then reuse with another learning rate, other steps and another architecture.
+Algorithm 1: 80 steps of Adam at rate .003 and batches of 50, exact, 25 outer steps, a fresh start and order in each. A weight
+for each example by itself; beside it a network of (image, label, iteration), and algorithm 2 (warm start, Neumann, one step
+each). Judged by students that train for 240 steps at rate .01 and batches of 100, all controls of `audit` alike; then reuse
+with other rates, steps and another architecture.
 C2, masks: canvases of 8 × 16 pixels with the digit that counts, marked by a tag, and one that does not, on either side.
 Blending: 200 digits, with 30 % and with no wrong labels; nothing, mixup, and the matrix by both algorithms.
 
-Settings were chosen on seeds 0 and 1, and figures are of the seeds after them; targets were written down before. Intervals
-are two standard errors of the mean over seeds.
+Settings of C2 and blending were chosen on seeds 0 and 1, and figures are of seeds 2 to 4; targets were written down before.
+C1 at first judged students of the 80 steps at rate .01 that weights were learned through. They learn few wrong labels by
+heart, and knowing all of these is worth .07. Its settings were chosen again on seeds 8 and 9: among training rates of .003 to
+.1 and batches of 50 to 500 to learn through, and students of 80 or 240 steps to judge. What learns least by heart ranks best
+(on seed 8 a ROC-AUC of .94 at rate .003, .92 at .005; .82 at .01 and full batches), and 240 steps leave a plain student where
+that of the reference was (.77 and .73). Then seeds 20 to 22 were run, once. Intervals are two standard errors of the mean
+over seeds.
 """
 
 import argparse
@@ -154,26 +160,30 @@ def weights(seed: int, outer_steps: int, second: int, network: bool) -> dict[str
     labels = torch.where(wrong, (classes[:500] + torch.randint(1, 10, (500,), generator=generator)) % 10, classes[:500])
     data = (images[:500], labels, torch.arange(500))
     validation, test = (images[500:600], classes[500:600]), (images[600:], classes[600:])
-    steps, size, rate, base = 80, 100, 0.01, 1000 * seed
-    order = batches(base, steps, size, 500)
-    options: dict[str, Any] = {"optimizer": adam(rate), "seed": seed}
+    steps, size, base = 80, 50, 1000 * seed
+    judged_steps, judged_size, rate = 240, 100, 0.01
     build = lambda number: student(number)  # noqa: E731
     question = accuracy(test)
 
     def learn(meta: nn.Module, outer_rate: float) -> MetaTraining:
-        task = Weighted(TASK, steps)
-        run = record(build(base), data, task, order=order, meta=meta, checkpoints=All(), **options)
+        own: dict[str, Any] = {"optimizer": adam(0.003), "order": batches(base, steps, size, 500), "seed": seed}
+        run = record(build(base), data, Weighted(TASK, steps), meta=meta, checkpoints=All(), **own)
         vary = fresh(run, build, size, base + 1)
         goal = Queries(validation, mean=True)
         return meta_train(run, goal, "meta", optimizer=outer(outer_rate), steps=outer_steps, vary=vary)
 
-    alone = record(build(base), validation, TASK, order=batches(base, steps, size, 100), **options)
-    judged: dict[str, Any] = {"repeats": 3, "larger_is_better": True, "seed": seed}
+    options: dict[str, Any] = {"optimizer": adam(rate), "seed": seed}
+    order = batches(base, judged_steps, judged_size, 500)
+
+    def student_of(meta: nn.Module) -> Trajectory:
+        return record(build(base), data, Weighted(TASK, judged_steps), order=order, meta=meta, **options)
+
+    alone = record(build(base), validation, TASK, order=batches(base, judged_steps, 100, 100), **options)
+    recipe = student_of(ExampleWeights(500))
+    vary = fresh(recipe, build, judged_size, base + 500)
+    judged: dict[str, Any] = {"recipe": recipe, "repeats": 3, "vary": vary, "larger_is_better": True, "seed": seed}
     found = learn(ExampleWeights(500), 0.3)
-    recipe = found.recipe
-    assert isinstance(recipe, Trajectory)
-    vary = fresh(recipe, build, size, base + 500)
-    judgement = audit(found, question, alone=alone, vary=vary, **judged)
+    judgement = audit(found, question, alone=alone, **judged)
     figures = {name.replace("unchanged", "plain"): value for name, value in arms(judgement).items()}
     figures["AUC"] = ranked(found.meta["logits"], ~wrong)
     perfect = [recipe.rerun(**vary(number), weights=(~wrong).double()) for number in range(3)]
@@ -186,18 +196,18 @@ def weights(seed: int, outer_steps: int, second: int, network: bool) -> dict[str
         commentary = Commentary.open(file, ExampleWeights(500), data)
     others: dict[str, tuple[Callable[[], nn.Module], float, int]] = {
         "rate .003, 240 steps": (lambda: student(base + 700), 0.003, 240),
-        "same rate, 240 steps": (lambda: student(base + 701), rate, 240),
+        "rate .01, 80 steps": (lambda: student(base + 701), rate, 80),
         "64-64-64-10, ReLU": (lambda: student(base + 702, 64, 64, activation=nn.ReLU), 0.003, 160),
     }
     for name, (make, own_rate, own_steps) in others.items():
-        own: dict[str, Any] = {"optimizer": adam(own_rate), "order": batches(base + 703, own_steps, size, 500)}
+        own: dict[str, Any] = {"optimizer": adam(own_rate), "order": batches(base + 703, own_steps, judged_size, 500)}
         taught = record(make(), data, commentary.task(TASK), meta=commentary.module, **own)
         figures[f"reuse: {name}"] = asked(taught, question)
         figures[f"  without: {name}"] = asked(record(make(), data, TASK, **own), question)
 
     if second:
         found_second = alternating(build(base), data, Weighted(TASK), ExampleWeights(500), validation, (0.2, 0.1), 25, second)
-        judgement = audit(found_second, question, recipe=recipe, vary=vary, **judged)
+        judgement = audit(found_second, question, **judged)
         figures["algorithm 2: AUC"] = ranked(found_second.meta["logits"], ~wrong)
         figures |= {f"algorithm 2: {name}": value for name, value in arms(judgement).items() if name != "unchanged"}
     if network:
@@ -206,7 +216,8 @@ def weights(seed: int, outer_steps: int, second: int, network: bool) -> dict[str
         module = Commentary.of(found_net).module
         with torch.no_grad():
             figures["network: AUC"] = ranked(module(data, 1.0), ~wrong)
-        again = [asked(found_net.train(**vary(number)), question) for number in range(3)]
+        recipe = student_of(WeightNetwork(net, classes=10))
+        again = [asked(found_net.train(recipe, **vary(number)), question) for number in range(3)]
         figures["network: retrained"] = sum(again) / 3
     return figures
 
@@ -344,28 +355,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, few outer steps; within a minute")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--first-seed", type=int, default=2, help="settings were chosen on seeds 0 and 1")
+    parser.add_argument("--only", choices=("C1",))
     arguments = parser.parse_args()
     quick, began = arguments.quick, time.process_time()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", UntrustedGradient)  # the runs of algorithm 2 are one step long: they have not settled
-    seeds = [arguments.first_seed + number for number in range(1 if quick else arguments.seeds)]
-    print(f"seeds {seeds}; mean ± 2 standard errors, then each seed")
+    count = 1 if quick else arguments.seeds
+    first_seeds, seeds = range(20, 20 + count), range(2, 2 + count)
+    print(f"seeds {[*first_seeds]} of C1, {[*seeds]} of the others; mean ± 2 standard errors, then each seed")
 
-    first = gathered([weights(seed, 8 if quick else 25, 100 if quick else 600, network=not quick) for seed in seeds])
+    parts: dict[str, dict[str, list[float]]] = {}
+    first = gathered([weights(seed, 8 if quick else 25, 100 if quick else 600, network=not quick) for seed in first_seeds])
     table(first, "C1: weights, 500 digits with 40 % wrong labels; test accuracy")
-    second = gathered([masks(seed, 8 if quick else 25) for seed in seeds])
-    table(second, "C2: masks, a tagged digit and another; test accuracy")
-    third = gathered([blending(seed, 4 if quick else 25, 50 if quick else 400, 1 if quick else 3, 0.3) for seed in seeds])
-    table(third, "Blending, 200 digits with 30 % wrong labels; test accuracy and loss")
-    fourth = {}
-    if not quick:
-        fourth = gathered([blending(seed, 25, 0, 3, 0.0) for seed in seeds])
-        table(fourth, "Blending, 200 digits with right labels; test accuracy and loss")
+    parts["c1"] = first
+    if arguments.only is None:
+        parts["c2"] = gathered([masks(seed, 8 if quick else 25) for seed in seeds])
+        table(parts["c2"], "C2: masks, a tagged digit and another; test accuracy")
+        own = (4, 50, 1, 0.3) if quick else (25, 400, 3, 0.3)
+        parts["blending"] = gathered([blending(seed, *own) for seed in seeds])
+        table(parts["blending"], "Blending, 200 digits with 30 % wrong labels; test accuracy and loss")
+        if not quick:
+            parts["blending_right"] = gathered([blending(seed, 25, 0, 3, 0.0) for seed in seeds])
+            table(parts["blending_right"], "Blending, 200 digits with right labels; test accuracy and loss")
 
     figures = {
         f"{part}_{name.strip()}".replace(" ", "_"): mean(values)
-        for part, rows in (("c1", first), ("c2", second), ("blending", third), ("blending_right", fourth))
+        for part, rows in parts.items()
         for name, values in rows.items()
     }
     reuse = [
@@ -377,13 +392,20 @@ def main() -> None:
         "c1_gain_over_validation_alone": mean(first["retrained"]) - mean(first["outcome's data alone"]),
         "c1_permuted_gain_over_plain": mean(first["permuted"]) - mean(first["plain"]),
         "c1_reuse_gain": min(reuse),
-        "c2_mass": mean(second["mask mass"]),
-        "c2_gain_over_unmasked": mean(second["retrained with masks"]) - mean(second["unmasked"]),
         "seconds": time.process_time() - began,
     }
-    met = {name: figures[name] >= bound if sign == ">=" else figures[name] <= bound for name, (sign, bound) in TARGETS.items()}
+    if "c2" in parts:
+        second = parts["c2"]
+        figures |= {
+            "c2_mass": mean(second["mask mass"]),
+            "c2_gain_over_unmasked": mean(second["retrained with masks"]) - mean(second["unmasked"]),
+        }
+    asked_for = {name: target for name, target in TARGETS.items() if name in figures}
+    met = {
+        name: figures[name] >= bound if sign == ">=" else figures[name] <= bound for name, (sign, bound) in asked_for.items()
+    }
     print()
-    for name, (sign, bound) in TARGETS.items():
+    for name, (sign, bound) in asked_for.items():
         print(f"{name:<32}{figures[name]:7.3f}  {sign} {bound:<5}{'' if met[name] else '  MISSED'}")
     print(json.dumps({"benchmark": "commentaries", "figures": figures, "targets": TARGETS, "met": all(met.values())}))
 
