@@ -313,7 +313,7 @@ def weighted_mean(losses: Tensor, weights: Tensor | None, size: int, source: str
     return losses.sum() / size if weights is None else (weights.to(losses) * losses).sum() / size
 
 
-def split_task(task: "AnyTask") -> SplitTask:
+def split_task(task: Any) -> SplitTask:
     """Return the task as one that knows its outputs.
 
     Raises:

@@ -12,6 +12,7 @@ from retrograd import All, Forward, TracIn, Unrolled, attribute, hypergradient, 
 from retrograd.directions import Extragradient, LookAhead
 from retrograd.errors import InputError, ModelChanged, ReplayMismatch
 from retrograd.game import CoupledGame, FunctionGame, Game, players_of, turns_of
+from retrograd.optim import ExtraGradient
 from retrograd.params import flatten
 from retrograd.trajectory import Recorder, StateVectors, TrainingState
 
@@ -217,6 +218,35 @@ def test_a_group_of_two_players_in_turn_is_refused():
     model = networks()
     with pytest.raises(InputError, match="group of its own"):
         Recorder(model, points(), GAN(("critic", "maker")), torch.optim.Adam(model.parameters()))
+
+
+def test_a_direction_goes_downhill_only():
+    with pytest.raises(InputError, match="downhill"):
+        recorded(GAN(), optimizer=lambda params: torch.optim.SGD(params, lr=0.1, maximize=True), direction=Extragradient())
+
+
+def test_an_extragradient_optimizer_says_its_direction_itself():
+    model, data = networks(), points()
+    optimizer = ExtraGradient(torch.optim.SGD(model.parameters(), lr=0.1), rate=0.05)
+    recorder = Recorder(model, data, GAN(), optimizer)
+    ids = torch.arange(4)
+    for _ in range(3):
+        with recorder.step(ids):
+
+            def closure() -> None:
+                losses = GAN().losses(model, data[ids])
+                for player, own in losses.items():
+                    leaves = list(model[player].parameters())
+                    found = torch.autograd.grad(own.mean(), leaves, retain_graph=True)
+                    for leaf, grad in zip(leaves, found, strict=True):
+                        leaf.grad = grad
+
+            optimizer.step(closure)
+    run = recorder.finish()
+    assert run.update_map.gradient.direction == Extragradient(0.05)
+    assert run.drift < 1e-9
+    with pytest.raises(InputError, match="direction="):
+        recorded(GAN(), optimizer=lambda params: ExtraGradient(sgd(params)))
 
 
 def test_optimizers_of_two_kinds_are_refused():

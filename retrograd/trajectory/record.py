@@ -20,7 +20,7 @@ from retrograd.trajectory.recorder import Recorder
 from retrograd.trajectory.refusals import check_same_run
 from retrograd.trajectory.schedule import Schedule, Sqrt
 from retrograd.trajectory.state import StepRecord
-from retrograd.trajectory.step_gradient import ONE
+from retrograd.trajectory.step_gradient import ONE, direction_of
 from retrograd.trajectory.store import RunFolder
 from retrograd.trajectory.trajectory import Trajectory, to_device
 from retrograd.trajectory.update_map import UpdateMap
@@ -107,6 +107,11 @@ def record(
     examples = Examples.of(dataset)
     steps = _steps(examples, epochs, batch_size, order, seed, turns_of(task) if is_game(task) else ())
     made = optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(_groups_of(model, task))
+    if direction_of(made) is not None:
+        raise InputError(
+            f"record evaluates gradients itself, so {type(made).__name__} cannot. Give direction={direction_of(made)} and the "
+            "optimizer inside, or record your own loop with Recorder."
+        )
     if learning_rates is not None and len(learning_rates) != len(steps):
         raise InputError(f"learning_rates needs one number a step: {len(steps)} steps, {len(learning_rates)} numbers.")
     if weights is not None and weights.shape != (len(examples),):

@@ -20,7 +20,6 @@ loss, clipping it was not told of, augmentation, noise on gradients) is found, w
 import math
 import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from os import PathLike
 from typing import Any
@@ -39,6 +38,7 @@ from retrograd.errors import (
 from retrograd.game import AnyGame
 from retrograd.task import AnyTask
 from retrograd.trajectory import digests
+from retrograd.trajectory.background_writer import BackgroundWriter
 from retrograd.trajectory.checkpoints import MemoryCheckpoints, keep_checkpoint
 from retrograd.trajectory.counterfactual import Counterfactual
 from retrograd.trajectory.examples import Examples
@@ -46,6 +46,7 @@ from retrograd.trajectory.modes import seeded, step_seed
 from retrograd.trajectory.refusals import check_same_run, refuse_hooks, refuse_scaler
 from retrograd.trajectory.schedule import Schedule, Sqrt
 from retrograd.trajectory.state import StepInputs, StepRecord, TrainingState
+from retrograd.trajectory.step_gradient import direction_of
 from retrograd.trajectory.store import FORMAT, RunFolder
 from retrograd.trajectory.trajectory import Trajectory, smallest, to_device, witnesses
 from retrograd.trajectory.update_map import UpdateMap
@@ -84,7 +85,8 @@ class Recorder:
         counterfactual: what the run is the linearisation point of, if its learning rates were chosen to match one.
         meta: the meta-module that the task's losses take (see `retrograd.task.Meta`); its parameters must stay as they are
             while the model trains.
-        direction: what the loop steps along instead of the gradient (see `retrograd.directions`).
+        direction: what the loop steps along instead of the gradient (see `retrograd.directions`); an `ExtraGradient` optimizer
+            says so itself.
 
     Raises:
         UnknownOptimizer: no update rule equals the optimizer.
@@ -115,6 +117,8 @@ class Recorder:
         for own in self._optimizers:
             refuse_hooks(model, own)
         self.model, self.optimizer, self.seed = model, optimizer, seed
+        for own in self._optimizers:
+            direction = direction or direction_of(own)
         self.schedule = checkpoints or Sqrt()
         self._groups = _group_names(model, self._param_groups)
         self._params = dict(model.named_parameters())
@@ -137,7 +141,7 @@ class Recorder:
         self._pending: list[tuple[Tensor, Tensor | None, tuple[dict[str, float], ...], int, Tensor | float | None, Tensor]] = []
         self._hyper: tuple[dict[str, float], ...] | None = None
         self._inside = self._looked = self._reopens = False
-        self._writer = _Writer()
+        self._writer = BackgroundWriter()
         self._chain: list[str] = []
         if resume and self._folder is not None and self._folder.exists():
             self._continue()
@@ -439,24 +443,6 @@ class Recorder:
             "head": self._chain[-1] if self._chain else self._genesis,
             "checkpoints": [] if status == "recording" else trajectory.checkpoints.steps(),
         }
-
-
-class _Writer:
-    """Writes in the background, in order; an error surfaces at the next call."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrograd-writer")
-        self._last: Future[None] | None = None
-
-    def submit(self, job: Any) -> None:
-        if self._last is not None:
-            self._last.result()  # at most one state waits in memory
-        self._last = self._pool.submit(job)
-
-    def close(self) -> None:
-        self._pool.shutdown()
-        if self._last is not None:
-            self._last.result()
 
 
 def _one_rule(optimizers: Sequence[torch.optim.Optimizer]) -> TorchRule:

@@ -175,6 +175,12 @@ class _Field:
         return losses[player], written
 
 
+def direction_of(optimizer: Any) -> Direction | None:
+    """Return the direction that an optimizer of ours steps along by itself, if it does."""
+    own = getattr(optimizer, "direction", None)
+    return own() if callable(own) else None  # type: ignore[return-value]
+
+
 def player_losses(
     task: Any, players: Mapping[str, object], model: nn.Module, batch: Any, weights: Tensor | None, size: int, *more: Any
 ) -> Losses:

@@ -23,7 +23,7 @@ from retrograd.trajectory.modes import step_seed
 from retrograd.trajectory.schedule import Schedule, reverse
 from retrograd.trajectory.state import ROUNDING, StepInputs, StepRecord, TrainingState, map_batch
 from retrograd.trajectory.update_map import UpdateMap
-from retrograd.update_rules import AdamW
+from retrograd.update_rules import AdamW, Lookahead
 
 
 def smallest(params: Mapping[str, Tensor]) -> Tensor:
@@ -273,12 +273,17 @@ class Trajectory:
 
         AdamW's is none: it shrinks parameters past the preconditioner.
         """
-        return 0.0 if isinstance(self.update_map.rule, AdamW) else self._mean_decay()
+        return 0.0 if self._decoupled else self._mean_decay()
 
     @property
     def shrinkage(self) -> float:
         """Weight decay that shrinks parameters past the preconditioner, as AdamW's; averaged over the steps."""
-        return self._mean_decay() if isinstance(self.update_map.rule, AdamW) else 0.0
+        return self._mean_decay() if self._decoupled else 0.0
+
+    @property
+    def _decoupled(self) -> bool:
+        rule = self.update_map.rule
+        return isinstance(rule.rule if isinstance(rule, Lookahead) else rule, AdamW)
 
     def _mean_decay(self) -> float:
         decays = [float(record.hyper[0].get("weight_decay", 0.0)) for record in self.records]

@@ -51,6 +51,7 @@ from retrograd.trajectory.step_graph import Route, StepCurvature, StepGraph
 from retrograd.trajectory.step_inputs import InputVectors, Rebuild, batch_names, input_leaves
 from retrograd.update_rules import Hyper, UpdateRule
 
+_COUNTERS = {"step", "synchronise", "has_previous"}  # hyperparameters with nothing between their values
 _SCALARS_AT_ONCE = 1 << 21  # costates are reversed in slices of so many scalars: temporary memory then stays warm
 
 
@@ -116,6 +117,8 @@ class UpdateMap:
         self.meta_module = meta
         own = {} if meta is None else {name: leaf for name, leaf in meta.named_parameters() if leaf.requires_grad}
         self.meta = {name: leaf.detach().clone() for name, leaf in own.items()}
+        if direction is not None and getattr(rule, "maximize", False):
+            raise InputError(f"{direction} steps downhill, and {rule} up. Give the task's losses the other sign.")
         self.gradient = StepGradient(task, self.names, self._rule.group_of, direction)
 
     def with_meta(self, meta: Params) -> "UpdateMap":
@@ -398,11 +401,9 @@ class UpdateMap:
         Raises:
             InputError: with the names that are.
         """
-        if "learning_rate" in wrt and getattr(self.gradient.direction, "rate", 0.0) is None:
-            raise InputError(
-                f"{self.gradient.direction} looks ahead at the learning rate, and derivatives by it do not go that way. Give "
-                "the direction a rate of its own."
-            )
+        direction = self.gradient.direction
+        if "learning_rate" in wrt and getattr(direction, "rate", 0.0) is None:
+            raise InputError(f"derivatives by the learning rate do not go through {direction}: give it a rate of its own.")
         allowed = self.inputs_of(inputs)
         if not wrt <= allowed:
             raise InputError(
@@ -414,8 +415,8 @@ class UpdateMap:
 
     def inputs_of(self, inputs: StepInputs) -> set[str]:
         """Return the names of what went into a step and can be differentiated by, other than the example weights."""
-        allowed = {name for hyper in inputs.hyper for name in hyper if name != "step"} | set(batch_names(inputs.batch))
-        if "velocity" not in self.rule.slots:
+        allowed = {name for hyper in inputs.hyper for name in hyper} - _COUNTERS | set(batch_names(inputs.batch))
+        if not any(slot.startswith("velocity") for slot in self.rule.slots):
             allowed -= {"momentum", "dampening"}  # there is no term that they could scale
         return allowed | ({"clip_norm"} if self.clip_norm is not None else set()) | ({"meta"} if self.meta else set())
 

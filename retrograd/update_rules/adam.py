@@ -86,7 +86,7 @@ class Adam:
     maximize: bool = False
 
     torch_optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.Adam
-    torch_slots: ClassVar[dict[str, str]] = SLOTS
+    torch_slots = SLOTS
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -43,7 +43,7 @@ class AdamW:
     maximize: bool = False
 
     torch_optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.AdamW
-    torch_slots: ClassVar[dict[str, str]] = SLOTS
+    torch_slots = SLOTS
 
     @property
     def slots(self) -> tuple[str, ...]:

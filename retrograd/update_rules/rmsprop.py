@@ -38,6 +38,12 @@ from retrograd.update_rules.rule import Hyper
 from retrograd.update_rules.sgd import momentum_factor
 from retrograd.update_rules.torch_options import DIFFERENTIABLE, agreed_option, any_nonzero, check_options
 
+SLOTS = {
+    "mean_square": "square_avg",
+    "mean_gradient": "grad_avg",
+    "velocity": "momentum_buffer",
+}
+
 
 @dataclass(frozen=True)
 class RMSprop:
@@ -60,11 +66,7 @@ class RMSprop:
     maximize: bool = False
 
     torch_optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.RMSprop
-    torch_slots: ClassVar[dict[str, str]] = {
-        "mean_square": "square_avg",
-        "mean_gradient": "grad_avg",
-        "velocity": "momentum_buffer",
-    }
+    torch_slots = SLOTS
 
     @property
     def slots(self) -> tuple[str, ...]:

@@ -78,21 +78,20 @@ class UpdateRule(Protocol):
 
 @runtime_checkable
 class TorchRule(UpdateRule, Protocol):
-    """An update rule that can be read off a ``torch.optim`` optimizer, as recording needs it."""
+    """An update rule that can be read off an optimizer while it trains, as recording needs it.
 
-    torch_optimizer: ClassVar[type[torch.optim.Optimizer]]
-    """The class that the rule equals. Exactly this one: a subclass is a different optimizer."""
+    Which rule an optimizer has is found in one of two ways (see ``rule_of``). The classes of ``torch.optim`` know nothing of
+    rules, so a `TorchTwin` names the class that it equals. An optimizer of one's own says it itself: a method
+    ``update_rule()``, defined by its very class, returns its rule. That way the optimizers of ``retrograd.optim``, which are
+    built on these rules, are found without being imported here, and so is anybody else's.
+    """
 
-    torch_slots: ClassVar[dict[str, str]]
-    """Slot name → its key in ``optimizer.state[parameter]``. A key that is absent, or holds None, stands for zeros."""
-
-    @classmethod
-    def from_torch(cls, optimizer: torch.optim.Optimizer, /) -> "TorchRule":
-        """Return the rule with the structural options of ``optimizer``, or raise ``UnknownOptimizer``."""
+    @property
+    def torch_slots(self) -> Mapping[str, str]:
+        """Slot name → its key in ``optimizer.state[parameter]``. A key that is absent, or holds None, stands for zeros."""
         ...
 
-    @classmethod
-    def hyper_from_torch(cls, group: dict[str, Any], state: dict[str, Any], /) -> dict[str, float]:
+    def hyper_from_torch(self, group: dict[str, Any], state: dict[str, Any], /) -> dict[str, float]:
         """Return h of the *coming* step.
 
         Args:
@@ -102,4 +101,17 @@ class TorchRule(UpdateRule, Protocol):
         Returns:
             All hyperparameters of the rule, as floats.
         """
+        ...
+
+
+@runtime_checkable
+class TorchTwin(TorchRule, Protocol):
+    """An update rule that equals a class of ``torch.optim``."""
+
+    torch_optimizer: ClassVar[type[torch.optim.Optimizer]]
+    """The class that the rule equals. Exactly this one: a subclass is a different optimizer."""
+
+    @classmethod
+    def from_torch(cls, optimizer: torch.optim.Optimizer, /) -> "TorchTwin":
+        """Return the rule with the structural options of ``optimizer``, or raise ``UnknownOptimizer``."""
         ...

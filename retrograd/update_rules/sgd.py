@@ -36,6 +36,8 @@ from retrograd.update_rules.arithmetic import Number, add_scaled, decay, is_zero
 from retrograd.update_rules.rule import Hyper, UpdateRule
 from retrograd.update_rules.torch_options import DIFFERENTIABLE, agreed_option, any_nonzero, check_options
 
+SLOTS = {"velocity": "momentum_buffer"}
+
 
 def momentum_factor(rule: UpdateRule, hyper: Hyper) -> Number:
     """Return μ, which is 0 for a rule without a velocity, and raise ``InputError`` if that contradicts ``hyper``."""
@@ -78,7 +80,7 @@ class SGD:
     """Whether (θ', o') is linear in (θ, o, g), with the same coefficients for every coordinate."""
 
     torch_optimizer: ClassVar[type[torch.optim.Optimizer]] = torch.optim.SGD
-    torch_slots: ClassVar[dict[str, str]] = {"velocity": "momentum_buffer"}
+    torch_slots = SLOTS
 
     def __post_init__(self):
         if self.nesterov and not self.momentum:

@@ -7,6 +7,8 @@ With ``gauss_newton`` the gradient of a step, Jᵀ r with r = ∂L/∂outputs, h
 derivative is Jᵀ (∂r/∂outputs) J, the batch's Gauss-Newton matrix.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -66,10 +68,18 @@ def rmsprop(theta: Tensor, slots: State, g: Tensor, o: dict, t: int) -> tuple[Te
     return theta - o["lr"] * direction, new
 
 
-OPTIMIZERS = {torch.optim.SGD: sgd, torch.optim.Adam: adam, torch.optim.AdamW: adamw, torch.optim.RMSprop: rmsprop}
+OPTIMIZERS: dict[Any, Any] = {
+    torch.optim.SGD: sgd,
+    torch.optim.Adam: adam,
+    torch.optim.AdamW: adamw,
+    torch.optim.RMSprop: rmsprop,
+}
+SLOTS: dict[Any, tuple[str, ...]] = {}  # of optimizers that other modules add, as ``game_optimizers.py`` does
 
 
 def slot_names(rule: Rule) -> tuple[str, ...]:
+    if rule.optimizer in SLOTS:
+        return SLOTS[rule.optimizer]
     momentum = ("velocity",) if rule.options.get("momentum") else ()
     if rule.optimizer is torch.optim.SGD:
         return momentum
