@@ -31,6 +31,7 @@ from retrograd import (
     attribute,
     record,
 )
+from retrograd.adjoint import TangentKernel
 from tests.cases import CASES
 
 CASE = CASES["plain"]
@@ -58,6 +59,8 @@ METHODS = {
     "lissa": Implicit(GaussNewton(), Neumann(20, batch_size=5), damping="training_time"),
     "astra": Implicit(GaussNewton(), Astra(30, batch_size=5), damping="training_time"),
     "datainf": Implicit(solver=DataInf()),
+    "tangent kernel": TangentKernel(),
+    "tangent kernel trace": TangentKernel("initial", outputs="trace"),
     "trak": TRAK(10),
     "logra": LoGra((2, 2)),
     "logra random": LoGra((2, 2), init="random"),

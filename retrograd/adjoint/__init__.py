@@ -11,6 +11,7 @@ from retrograd.adjoint.outcome import Outcome
 from retrograd.adjoint.parts import Notes, Probe, ScorePart
 from retrograd.adjoint.queries import Queries
 from retrograd.adjoint.source import Source
+from retrograd.adjoint.tangent_kernel import TangentKernel
 from retrograd.adjoint.tracin import TracIn
 from retrograd.adjoint.trak import TRAK
 from retrograd.adjoint.unrolled import Unrolled
@@ -30,6 +31,7 @@ __all__ = [
     "Queries",
     "ScorePart",
     "Source",
+    "TangentKernel",
     "TracIn",
     "Unrolled",
 ]

@@ -11,6 +11,7 @@ from retrograd.curvature.nystrom import Nystrom
 from retrograd.curvature.operator import BlockOperator, Curvature, DiagonalBlock, KroneckerBlock, Operator
 from retrograd.curvature.products import ProductOperator
 from retrograd.curvature.projected import ProjectedGaussNewton, ProjectedOperator
+from retrograd.curvature.tangent_kernel import EmpiricalKernel, relative_change
 
 __all__ = [
     "EKFAC",
@@ -20,6 +21,7 @@ __all__ = [
     "Curvature",
     "Diagonal",
     "DiagonalBlock",
+    "EmpiricalKernel",
     "Fisher",
     "GaussNewton",
     "Hessian",
@@ -32,4 +34,5 @@ __all__ = [
     "ThinOperator",
     "gauss_newton_product",
     "hessian_product",
+    "relative_change",
 ]
