@@ -7,11 +7,26 @@ Record a training run once, then ask it which training data made the model do wh
     scores.top(query=0, k=5)
 
 The verbs: `record`, `open_run`, `attribute`, `hypergradient`, `plan`, `verify`, `chain`, `meta_train`, `audit`,
-`self_influence`, `check`, `retrain`, `evaluate`, `find_mislabelled`, `prune`, `reweight`, `roughness`, `coverage`, `citation`.
+`self_influence`, `check`, `retrain`, `evaluate`, `find_mislabelled`, `prune`, `reweight`, `roughness`, `lyapunov_exponents`,
+`spectrum`, `tune_momentum`, `generalised_ridge_rider`, `coverage`, `citation`.
 """
 
-from retrograd.adjoint import TRAK, Blend, FirstOrder, FixedPoint, Implicit, LoGra, Outcome, Queries, Source, TracIn, Unrolled
+from retrograd.adjoint import (
+    TRAK,
+    Blend,
+    FirstOrder,
+    FixedPoint,
+    Implicit,
+    LoGra,
+    Outcome,
+    Queries,
+    Source,
+    TangentKernel,
+    TracIn,
+    Unrolled,
+)
 from retrograd.adjoint.solvers import Astra, ConjugateGradients, DataInf, Neumann, Spectral
+from retrograd.adversarial import Adversarial
 from retrograd.attribution import (
     Agreement,
     Check,
@@ -27,7 +42,31 @@ from retrograd.attribution import (
     shares_by_agreement,
 )
 from retrograd.citations import citation
-from retrograd.curvature import EKFAC, KFAC, Arnoldi, Diagonal, Fisher, GaussNewton, Hessian, Nystrom, ProjectedGaussNewton
+from retrograd.curvature import (
+    EKFAC,
+    KFAC,
+    Arnoldi,
+    Diagonal,
+    EmpiricalKernel,
+    Fisher,
+    GaussNewton,
+    Hessian,
+    Nystrom,
+    ProjectedGaussNewton,
+)
+from retrograd.dynamics import (
+    BranchTree,
+    LinearisedTraining,
+    LyapunovExponents,
+    Spectrum,
+    flow_of,
+    generalised_ridge_rider,
+    is_adversarially_stable,
+    lyapunov_exponents,
+    ridge_rider,
+    spectrum,
+    tune_momentum,
+)
 from retrograd.evaluation import (
     Brittleness,
     Comparison,
@@ -50,6 +89,7 @@ from retrograd.evaluation import (
     retrain,
     tail_patch,
 )
+from retrograd.game import FunctionGame, Game
 from retrograd.hypergradients import (
     Arm,
     Audit,
@@ -68,7 +108,19 @@ from retrograd.hypergradients import (
     plan,
     verify,
 )
-from retrograd.optim import FilterStep, GradientFilter, HyperAdam, HyperSGD
+from retrograd.optim import (
+    AggregatedSGD,
+    ComplexAdam,
+    ComplexSGD,
+    ExtraGradient,
+    FilterStep,
+    GradientFilter,
+    HyperAdam,
+    HyperSGD,
+    Lookahead,
+    OptimisticAdam,
+    OptimisticSGD,
+)
 from retrograd.progress import reporting
 from retrograd.selection import (
     Distillation,
@@ -105,6 +157,8 @@ __all__ = [
     "EKFAC",
     "KFAC",
     "TRAK",
+    "Adversarial",
+    "AggregatedSGD",
     "Agreement",
     "All",
     "Arm",
@@ -112,6 +166,7 @@ __all__ = [
     "Astra",
     "Audit",
     "Blend",
+    "BranchTree",
     "Brittleness",
     "Chain",
     "Check",
@@ -119,6 +174,8 @@ __all__ = [
     "Choice",
     "Classification",
     "Comparison",
+    "ComplexAdam",
+    "ComplexSGD",
     "ConjugateGradients",
     "Counterfactual",
     "Coverage",
@@ -127,13 +184,17 @@ __all__ = [
     "Diagonal",
     "Distillation",
     "Effect",
+    "EmpiricalKernel",
     "Every",
     "Examples",
+    "ExtraGradient",
     "FilterStep",
     "FirstOrder",
     "Fisher",
     "FixedPoint",
     "Forward",
+    "FunctionGame",
+    "Game",
     "GaussNewton",
     "GradientFilter",
     "Hessian",
@@ -141,11 +202,16 @@ __all__ = [
     "HyperSGD",
     "Hypergradient",
     "Implicit",
+    "LinearisedTraining",
     "LoGra",
+    "Lookahead",
+    "LyapunovExponents",
     "Meta",
     "MetaTraining",
     "Neumann",
     "Nystrom",
+    "OptimisticAdam",
+    "OptimisticSGD",
     "Option",
     "Outcome",
     "OuterStep",
@@ -162,9 +228,11 @@ __all__ = [
     "Shares",
     "Source",
     "Spectral",
+    "Spectrum",
     "Sqrt",
     "Study",
     "TailPatch",
+    "TangentKernel",
     "Task",
     "TracIn",
     "Trajectory",
@@ -185,10 +253,14 @@ __all__ = [
     "coverage",
     "evaluate",
     "find_mislabelled",
+    "flow_of",
     "fresh_start",
+    "generalised_ridge_rider",
     "hypergradient",
+    "is_adversarially_stable",
     "leave_one_out",
     "linear_datamodeling_score",
+    "lyapunov_exponents",
     "meta_train",
     "mislabelled_detection",
     "noise_ceiling",
@@ -201,11 +273,14 @@ __all__ = [
     "reporting",
     "retrain",
     "reweight",
+    "ridge_rider",
     "roughness",
     "self_influence",
     "shares_by_agreement",
+    "spectrum",
     "suggested_weight",
     "tail_patch",
+    "tune_momentum",
     "verify",
     "with_teacher",
 ]

@@ -243,7 +243,7 @@ def test_auto_takes_gauss_newton_where_the_run_is_rough(monkeypatch, found: tupl
 
     def measured(run):
         calls.append(run)
-        return Roughness(*found)
+        return Roughness(*found, steps=10)
 
     monkeypatch.setattr(unrolled_module, "roughness", measured)
     method = Unrolled(curvature="auto", route="batched")

@@ -27,11 +27,13 @@ ROUNDING = 100.0
 """What is shorter than this many units of rounding, relative to what it was made of, is taken for 0."""
 
 
-def orthonormalise(vectors: Float[Tensor, "count P"]) -> tuple[Float[Tensor, "count P"], Float[Tensor, "count count"]]:
+def orthonormalise(
+    vectors: Float[Tensor, "*start count P"],
+) -> tuple[Float[Tensor, "*start count P"], Float[Tensor, "*start count count"]]:
     """Make vectors orthonormal, first to last.
 
     Args:
-        vectors: the rows V; not more of them than they are long.
+        vectors: the rows V; not more of them than they are long. Leading axes hold several such sets.
 
     Returns:
         Q, with orthonormal rows, and R, upper triangular with a diagonal ≥ 0, such that ``R.T @ Q`` equals ``vectors``.
@@ -44,17 +46,18 @@ def orthonormalise(vectors: Float[Tensor, "count P"]) -> tuple[Float[Tensor, "co
     >>> rows.tolist(), upper.tolist()
     ([[0.0, 1.0], [1.0, 0.0]], [[3.0, 4.0], [0.0, 2.0]])
     """
-    count, size = vectors.shape
+    count, size = vectors.shape[-2:]
     if count > size:
         raise InputError(f"{count} vectors of {size} numbers cannot be orthogonal to each other. Give at most {size}.")
-    small = ROUNDING * torch.finfo(vectors.dtype).eps * finite_norms(vectors)
-    columns, upper = torch.linalg.qr(vectors.T)
-    lengths = upper.diagonal()
+    norms = finite_norms(vectors.reshape(-1, size)).reshape(vectors.shape[:-1])
+    small = ROUNDING * torch.finfo(vectors.dtype).eps * norms
+    columns, upper = torch.linalg.qr(vectors.mT)
+    lengths = upper.diagonal(dim1=-2, dim2=-1)
     signs = torch.where(lengths < 0, -1.0, 1.0).to(vectors)
     lengths = torch.where(lengths.abs() <= small, 0.0, lengths.abs())
-    upper = (signs[:, None] * upper).triu(1) + lengths.diag_embed()
+    upper = (signs[..., None] * upper).triu(1) + lengths.diag_embed()
     # Adding 0 turns -0.0 into 0.0, which prints better.
-    return signs[:, None] * columns.T + 0.0, upper + 0.0
+    return signs[..., None] * columns.mT + 0.0, upper + 0.0
 
 
 def normalise(vectors: Float[Tensor, "query P"]) -> tuple[Float[Tensor, "query P"], Float[Tensor, " query"]]:

@@ -44,6 +44,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+_interpreters = torch._C._functorch.peek_interpreter_stack  # the transforms of torch.func that are going on, or None
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
@@ -73,25 +74,27 @@ class _SecondDerivatives(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        # A loss may use torch.func itself, for a gradient penalty say: in there only torch's own functions can be differentiated.
+        own_functions = self.own_functions and _interpreters() is None
         if func is getattr(torch, "_weight_norm", None):
             return _weight_norm(*args, **kwargs)
         if func is F.instance_norm:
             return _instance_norm(*args, **kwargs)
         if func is F.batch_norm:
             return _batch_norm(*args, **kwargs)
-        if self.own_functions and self.shared and func in _ACTIVATIONS and not kwargs.get("inplace", False) and len(args) == 1:
+        if own_functions and self.shared and func in _ACTIVATIONS and not kwargs.get("inplace", False) and len(args) == 1:
             return _activation(func, args[0], kwargs)
-        if self.own_functions and func is F.scaled_dot_product_attention:
+        if own_functions and func is F.scaled_dot_product_attention:
             return _attention(*args, **kwargs)
-        if self.own_functions and func is F.layer_norm:
+        if own_functions and func is F.layer_norm:
             return _layer_norm(*args, **kwargs)
-        if self.own_functions and func is F.group_norm:
+        if own_functions and func is F.group_norm:
             return _group_norm(*args, **kwargs)
-        if self.own_functions and func in _SOFTMAXES:
+        if own_functions and func in _SOFTMAXES:
             return _softmax(*args, **kwargs)
         if func is F.cross_entropy:
             return _cross_entropy(*args, **kwargs)
-        if self.own_functions and func in _CONVOLUTIONS:
+        if own_functions and func in _CONVOLUTIONS:
             return _convolution(func, _CONVOLUTIONS[func], *args, **kwargs)
         return func(*args, **kwargs)
 

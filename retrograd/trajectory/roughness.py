@@ -12,12 +12,15 @@ and compare how far the final parameters moved with how far the initial ones did
 
     a = ‖θ'_T − θ_T‖ / ‖θ'_0 − θ_0‖.
 
-A run that amplifies the smallest changes will do so with every change: its derivative is large, and soon wrong.
+A run that amplifies the smallest changes will do so with every change: its derivative is large, and soon wrong. (ln a)/T is the
+run's finite-time Lyapunov exponent in that direction; `retrograd.lyapunov_exponents` says where on the way it arises.
 
 Cost: three trainings (the run itself is the first of the four). Thresholds: see ``docs/roughness.md`` for the measurements
 behind them.
 """
 
+import math
+import sys
 import warnings
 from dataclasses import dataclass
 
@@ -40,10 +43,17 @@ class Roughness:
     Attributes:
         metasmoothness: S in [−1, 1].
         amplification: growth of a perturbation of the size of rounding, initial to final parameters.
+        steps: length of the run.
     """
 
     metasmoothness: float
     amplification: float
+    steps: int
+
+    @property
+    def exponent(self) -> float:
+        """Finite-time Lyapunov exponent: growth of that perturbation per step, natural logarithm."""
+        return math.log(max(self.amplification, sys.float_info.min)) / self.steps
 
     @property
     def rough(self) -> bool:
@@ -53,7 +63,8 @@ class Roughness:
     def __str__(self) -> str:
         """Give both numbers and the verdict."""
         verdict = "rough: exact derivatives predict little" if self.rough else "smooth enough to differentiate"
-        return f"metasmoothness {self.metasmoothness:.3f}, rounding amplified {self.amplification:.3g}x: {verdict}"
+        amplified = f"rounding amplified {self.amplification:.3g}x (exponent {self.exponent:.2g} a step)"
+        return f"metasmoothness {self.metasmoothness:.3f}, {amplified}: {verdict}"
 
 
 def roughness(run: Trajectory, *, size: float = 0.05, seed: int = 0) -> Roughness:
@@ -80,7 +91,7 @@ def roughness(run: Trajectory, *, size: float = 0.05, seed: int = 0) -> Roughnes
         moved.params[name] = torch.nextafter(leaf, leaf + signs.to(leaf))
     before = (flatten(moved.params.values()).double() - flatten(start.params.values()).double()).norm()
     after = (_final(run.rerun(initial=moved, schedule=ends_only)) - at[0]).norm()
-    return Roughness(metasmoothness, (after / before).item())
+    return Roughness(metasmoothness, (after / before).item(), len(run))
 
 
 def warn_if_rough(found: Roughness) -> None:
@@ -89,7 +100,7 @@ def warn_if_rough(found: Roughness) -> None:
         warnings.warn(
             f"{found}. Thresholds: metasmoothness below {SMOOTH_ENOUGH}, amplification above {AMPLIFICATION_LIMIT:g}. Smooth "
             "activations (GELU), lower learning rates, clipping and larger batches make training smoother; "
-            'Unrolled(curvature="auto") tames rough runs.',
+            'Unrolled(curvature="auto") tames rough runs; lyapunov_exponents(run) says from which step on a run is.',
             RoughTraining,
             stacklevel=3,
         )

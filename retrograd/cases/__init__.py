@@ -1,0 +1,25 @@
+"""Small games with known answers, ready-made: to try methods on, and to test them against closed forms."""
+
+from retrograd.cases.dilemmas import (
+    iterated_prisoners_dilemma,
+    matching_pennies,
+    mixture,
+    projected_dilemma,
+    small_dilemma,
+)
+from retrograd.cases.game_case import GameCase, Method
+from retrograd.cases.zero_sum import bilinear, dirac_gan, mixed_game, quadratic_game
+
+__all__ = [
+    "GameCase",
+    "Method",
+    "bilinear",
+    "dirac_gan",
+    "iterated_prisoners_dilemma",
+    "matching_pennies",
+    "mixed_game",
+    "mixture",
+    "projected_dilemma",
+    "quadratic_game",
+    "small_dilemma",
+]
