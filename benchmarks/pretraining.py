@@ -12,9 +12,10 @@ hypergradient at the same point, through 120 + 15 steps, all weights equal.
 
 Every exact outer step starts from another model, takes other batches, and divides the 120 labels anew, as a derivative of one
 start and one division fits these. Settings of the exact arm were chosen by ROC-AUC on seeds 8 to 11, among 120, 60 and 30 steps
-of pre-training (rate times steps constant), up to 180 outer steps, and dividing once or anew; judged are seeds 0 to 7. (They
-had been seen with other settings: through 120 + 15 steps with one division, .71 to .92 after 30 outer steps, .88 to 1 after
-90, without seed 4.)
+of pre-training (rate times steps constant), up to 180 outer steps, and dividing once or anew. Judged on seeds 0 to 7 they gave
+.985 .924 .943 .822 .985 .659 .996 .996. On seed 5 one start of the first ten had a derivative thirty times as long as the
+others, after which the outer Adam's rates were those of that one start. The outer gradient is clipped since, to a length that
+was set before it was tried, and judged are fresh seeds, 16 to 23.
 
 B2. An encoder is pre-trained on 800 upright digits that are rotated by N(60μ, (20 eˢ)²) degrees; fine-tuning and test images
 are rotated by N(60, 5²). μ and s are learned exactly through 60 SGD steps and 5 steps of the head.
@@ -55,6 +56,8 @@ PRETRAIN, LABELLED, TEST = slice(0, 900), slice(900, 1020), slice(1020, None)
 TRAINED, HELD_OUT = torch.arange(60), torch.arange(60, 120)  # of the labelled ones, while weights are learned
 STEPS, RATE, BATCH = 1500, 3e-3, 64  # of the pre-training by which weights are judged
 HEAD_RATE = 0.1
+OUTER_CLIP = 0.3  # derivatives of most starts are shorter
+FIRST_SEED = 16
 PERMUTATIONS = 5
 
 
@@ -174,6 +177,7 @@ class Weighing:
             made = stages.rerun(changes, {"order": trained.repeat(15, 1)})
             outcome = Outcome(partial(self.validation, ids=held_out))
             logits.grad = hypergradient(made, outcome, "meta")[0]["meta"]["logits"][0]
+            torch.nn.utils.clip_grad_norm_([logits], OUTER_CLIP)
             optimizer.step()
         return weights_of({"logits": logits.detach()})
 
@@ -275,7 +279,7 @@ def task_weights(seeds: int, outer: int, outer_paper: int, steps: int) -> dict[s
     areas: dict[str, list[float]] = {"exact": [], "paper": []}
     cosines: dict[str, list[float]] = {}
     uniform, oracle = torch.ones(TASKS), (torch.arange(TASKS) < USEFUL).float() * TASKS / USEFUL
-    for seed in range(seeds):
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         data = Weighing.of(seed)
         exact = data.exact(outer)
         estimated, warm = data.estimated(outer_paper)
@@ -297,7 +301,7 @@ def task_weights(seeds: int, outer: int, outer_paper: int, steps: int) -> dict[s
             rows[name].append((interval(linear)[0], interval(full)[0]))
         areas["exact"].append(auc(exact))
         areas["paper"].append(auc(estimated))
-        if seed < 4:
+        if seed < FIRST_SEED + 4:
             for name, value in data.cosines().items():
                 cosines.setdefault(name, []).append(value)
         shown = "  ".join(f"{name} {rows[name][-1][0]:.3f}" for name in ARMS)

@@ -174,12 +174,12 @@ class BranchTree:
             if (kind is None or node.kind == kind) and (start is None or node.start == start)
         ]
 
-    def solutions_of(self, start: int, kind: Kind) -> set[int]:
-        """Return the numbers of the solutions that the branches of one kind found from one start."""
+    def solutions_of(self, start: int, kind: Kind | None = None) -> set[int]:
+        """Return the numbers of the solutions found from one start, by the branches of one kind or by all."""
         return {node.solution for node in self.branches(kind, start) if node.solution is not None}
 
-    def shares(self, kind: Kind, solutions: int = 2) -> float:
-        """Return the share of starts from which at least so many solutions were found."""
+    def shares(self, kind: Kind | None = None, solutions: int = 2) -> float:
+        """Return the share of starts from which at least so many solutions were found, by one kind of branches or by all."""
         return sum(len(self.solutions_of(start, kind)) >= solutions for start in range(self.starts)) / self.starts
 
     def kinds(self) -> list[Kind]:

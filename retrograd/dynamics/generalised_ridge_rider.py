@@ -15,7 +15,8 @@ smallest ε at which branches end in different solutions. ``remedies=False`` is 
 
 **Comparison.** Branching without climbing, from the same start along its own top direction (``"own"``) and along a random one
 (``"random"``), is always done as well, with the same steps ε (and the same k; as many random directions as points were climbed
-to), and stands in the same tree. If climbing does not find more than this, it was not needed.
+to), and stands in the same tree. If climbing does not find more than this, it was not needed; it may find less, even with
+remedies, where solutions attract weakly (``docs/ridge_rider.md``). The tree as a whole never finds less than its comparisons.
 
 Cost: see ``bifurcation.py``; with remedies fourteen times the ascent, as the sum of all k, and four times the branches.
 

@@ -32,6 +32,7 @@ from retrograd.dynamics.flow import Flow, check_step, flow_of, push_in_slices, p
 from retrograd.errors import InputError, NonFinite
 from retrograd.linalg import orthonormalise
 from retrograd.progress import track
+from retrograd.trajectory.roughness import AMPLIFICATION_LIMIT
 
 DENSE = 256
 """Up to so many dimensions the finite-time form multiplies all matrices out."""
@@ -103,9 +104,9 @@ class LyapunovExponents:
         """Give the exponents, and whether and from when on nearby trainings part."""
         if self.exponents.dim() > 1:
             return f"exponents of {self.exponents.shape[:-1].numel()} starts, on average {_numbers(self.exponents.mean(0))}"
-        since = self.chaotic_from()
-        verdict = "never for good" if since is None else f"from step {since} on"
-        return f"exponents {_numbers(self.exponents)} per step; nearby trainings part {verdict}"
+        since, grown = self.chaotic_from(), self.amplification.item()
+        found = f"exponents {_numbers(self.exponents)} per step; differences grow {grown:.3g}-fold"
+        return found if since is None or grown <= AMPLIFICATION_LIMIT else f"{found}, steadily from step {since} on"
 
     def _window(self, window: int | None) -> int:
         intervals = len(self.growth)
