@@ -84,4 +84,5 @@ class Competitive:
         unit = unflatten(torch.eye(count(here), dtype=next(iter(here.values())).dtype), here)
         columns = torch.func.vmap(lambda vector: others_product(field, params, buffers, vector), randomness="same")(unit)
         matrix = flatten(unit.values(), batched=True) + self.rate * flatten(columns.values(), batched=True).T
-        return unflatten(torch.linalg.solve(matrix, flatten(here.values())), here)
+        # Not torch.linalg.solve: torch 2.13 pushes tangents of a batch of systems through it wrongly.
+        return unflatten(torch.linalg.inv(matrix) @ flatten(here.values()), here)

@@ -69,7 +69,8 @@ class FunctionFlow:
         by_step: ``function`` takes ``(step, state)`` instead of ``(state)``.
 
     `push` and `pull` also take many states at once, ``[start, dim]`` with tangents ``[start, tangent, dim]``: where functions
-    are small that is as fast as one.
+    are small that is as fast as one. There, torch 2.13 differentiates ``torch.linalg.solve`` wrongly, without a word: write
+    ``torch.linalg.inv`` in functions of your own.
 
     >>> grow = FunctionFlow(lambda state: torch.stack([state[0] * state[1], state[0] + state[1]]), dim=2)
     >>> grow(0, torch.tensor([1.0, 3.0]))

@@ -44,7 +44,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-_interpreters = torch._C._functorch.peek_interpreter_stack  # the transforms of torch.func that are going on, or None
+_transforms: Any = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]  # those going on, or None
 _CONVOLUTIONS = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3, F.conv1d: 1, F.conv2d: 2, F.conv3d: 3}
 
 
@@ -75,7 +75,7 @@ class _SecondDerivatives(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         # A loss may use torch.func itself, for a gradient penalty say: in there only torch's own functions can be differentiated.
-        own_functions = self.own_functions and _interpreters() is None
+        own_functions = self.own_functions and _transforms() is None
         if func is getattr(torch, "_weight_norm", None):
             return _weight_norm(*args, **kwargs)
         if func is F.instance_norm:

@@ -284,11 +284,11 @@ class UpdateMap:
             rows = slice(start, start + size)
             part = costates[rows]
             carried, gamma, by_hyper = rule.pull(part)
-            last = start + size >= len(costates)
-            products, own_scores = graph.reverse(gamma, part.buffers, route, retain_graph=not last)
-            if own_scores is None:
+            products, own_scores = graph.reverse(gamma, part.buffers, route, retain_graph=start + size < len(costates))
+            if own_scores is not None:
+                scores[rows] = own_scores
+            elif len(self.gradient.turns) == 1:  # in a game, a turn may well be a generator's, which sees no examples
                 raise InputError(f"the loss of {type(self.task).__name__} does not depend on the example weights it is given.")
-            scores[rows] = own_scores
             found = {name: _or_zeros(products[name], leaf, len(part)) for name, leaf in leaves.items()}
             by_inputs.append(InputVectors.of(by_hyper, found))
             for name, direct in carried.params.items():
