@@ -174,6 +174,15 @@ def test_competitive_step_ends_when_solved():
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)
 
 
+def test_a_competitive_step_of_many_points_at_once():
+    """torch.linalg.solve is pushed forward wrongly under vmap; its place is taken by inv."""
+    many = torch.randn(3, DIM, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    together: Any = torch.func.vmap(torch.func.jacfwd(lambda at: directed(Competitive(RATE), at)))(many)
+    for point, found in zip(many, together, strict=True):
+        expected: Any = torch.func.jacrev(FORMULAS[Competitive(RATE)])(point)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
 def test_a_system_too_large_to_write_out_is_refused(monkeypatch):
     monkeypatch.setattr("retrograd.directions.competitive.DENSE", 5)
     with pytest.raises(InputError, match="iterations=20"):
