@@ -15,7 +15,7 @@ Cost: the activations and output gradients of one batch are held.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +62,7 @@ def find_layers(update_map: UpdateMap, state: TrainingState, batch: Any, size: i
     candidates = _candidates(update_map)
     params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
     state = TrainingState(params, state.slots, state.buffers, state.step)
-    with _recorded(update_map.model, candidates) as calls:
+    with recorded_calls(update_map.model, [layer.module for layer in candidates]) as calls:
         losses = update_map.losses(state, batch)
     fine = []
     for layer in candidates:
@@ -92,7 +92,7 @@ def capture(update_map: UpdateMap, layers: tuple[Layer, ...], state: TrainingSta
         return {}
     # Torch's fused transformer layers call no modules, but are taken only where nothing asks for gradients.
     params = {name: leaf.detach().requires_grad_() for name, leaf in state.params.items()}
-    with _recorded(update_map.model, layers) as calls:
+    with recorded_calls(update_map.model, [layer.module for layer in layers]) as calls:
         losses = update_map.losses(TrainingState(params, state.slots, state.buffers, state.step), batch)
     if losses.shape != (size,):
         raise InputError(
@@ -129,9 +129,9 @@ def _candidates(update_map: UpdateMap) -> tuple[Layer, ...]:
 
 
 @contextmanager
-def _recorded(model: nn.Module, layers: tuple[Layer, ...]) -> Iterator[dict[str, list[Rows]]]:
-    """Within this context, note input and output of every call of the layers; no hook is left behind."""
-    calls: dict[str, list[Rows]] = {layer.module: [] for layer in layers}
+def recorded_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Rows]]]:
+    """Within this context, note input and output of every call of the named modules; no hook is left behind."""
+    calls: dict[str, list[Rows]] = {name: [] for name in names}
     handles = []
 
     def hook_of(name: str) -> Any:
@@ -143,9 +143,8 @@ def _recorded(model: nn.Module, layers: tuple[Layer, ...]) -> Iterator[dict[str,
         return hook
 
     try:
-        for layer in layers:
-            module = model.get_submodule(layer.module)
-            handles.append(module.register_forward_hook(hook_of(layer.module), with_kwargs=True))
+        for name in calls:
+            handles.append(model.get_submodule(name).register_forward_hook(hook_of(name), with_kwargs=True))
         yield calls
     finally:
         for handle in handles:

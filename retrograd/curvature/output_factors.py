@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrograd.curvature.layers import recorded_calls
 from retrograd.params import Params
 
 Outputs = Callable[[Params, Any], Tensor]
@@ -112,27 +113,9 @@ def output_factors(
 def _calls(
     model: nn.Module, layers: tuple[FactoredLayer, ...], outputs: Outputs, params: Params, batch: Any
 ) -> tuple[dict[str, list[tuple[Tensor, Tensor]]], Tensor]:
-    """Note input and output of every call of the layers, and return them with the outputs; no hook is left behind."""
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {layer.module: [] for layer in layers}
-    handles = []
-
-    def hook_of(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor:
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            calls[name].append(((args[0] if args else kwargs["input"]).detach(), output))
-            return output.clone()  # an activation that works in place would overwrite the one that is kept
-
-        return hook
-
-    try:
-        for layer in layers:
-            module = model.get_submodule(layer.module)
-            handles.append(module.register_forward_hook(hook_of(layer.module), with_kwargs=True))
-        with torch.enable_grad():
-            return calls, outputs(params, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    """Note input and output of every call of the layers, and return them with the outputs."""
+    with recorded_calls(model, [layer.module for layer in layers]) as calls, torch.enable_grad():
+        return calls, outputs(params, batch)
 
 
 def _candidates(model: nn.Module, params: Params) -> tuple[FactoredLayer, ...]:

@@ -28,7 +28,7 @@ stochastic meta-optimization", ICLR 2018.
 """
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -37,6 +37,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from retrograd.errors import InputError, NonFinite
+from retrograd.optim.checked import CheckedOptimizer
 from retrograd.optim.hyper_levels import RULES, START, Level, learned
 
 RATE = "lr"
@@ -48,10 +49,11 @@ CITATION = """@inproceedings{chandra2022gradient,
 }"""
 
 
-class HyperOptimizer(torch.optim.Optimizer, ABC):
+class HyperOptimizer(CheckedOptimizer):
     """What `HyperSGD` and `HyperAdam` share: when hyperparameters are learned, and how that is kept and reported.
 
-    Everything that is learned is in ``group["learned"]``, plain numbers, and so in ``state_dict()``. To freeze what was
+    Everything that is learned is in ``group["learned"]``, plain numbers, and so in ``state_dict()``. What a ``torch.optim``
+    optimizer of this kind has saved can be loaded, too: learning then begins at the factor 1. To freeze what was
     learned, set ``group["hyper_lr"] = 0.0``.
 
     Args:
@@ -88,29 +90,6 @@ class HyperOptimizer(torch.optim.Optimizer, ABC):
             raise InputError(f"hyper_clip bounds one step of a logarithm: finite and above 0, got {group['hyper_clip']}.")
 
     # ------------------------------------------------------------------ the face of torch.optim
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group with a learned rate of its own.
-
-        Args:
-            param_group: ``"params"``, and options that differ from the defaults.
-
-        Raises:
-            InputError: An option is out of its range, or a parameter is complex.
-        """
-        self._check({**self.defaults, **param_group})
-        super().add_param_group(param_group)
-        if any(leaf.is_complex() for leaf in self.param_groups[-1]["params"]):
-            self.param_groups.pop()
-            raise InputError("a parameter is complex; these optimizers are for real ones. Train its torch.view_as_real.")
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, also what a ``torch.optim`` optimizer of this kind has saved: then learning begins at the factor 1."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-            self._check(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

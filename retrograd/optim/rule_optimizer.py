@@ -12,7 +12,7 @@ argument), so that schedulers can write them and ``torch.save`` needs no trust t
 
 import cmath
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from retrograd.errors import InputError, UnknownOptimizer
+from retrograd.optim.checked import CheckedOptimizer
 from retrograd.update_rules import TorchRule
 from retrograd.update_rules.torch_options import OWN_RULE, name_of
 
@@ -28,7 +29,7 @@ Numbers = Mapping[str, float]
 """h of one step, as ``hyper_from_torch`` gives it."""
 
 
-class RuleOptimizer(torch.optim.Optimizer, ABC):
+class RuleOptimizer(CheckedOptimizer):
     """What the optimizers that are built on an update rule share.
 
     Args:
@@ -57,35 +58,7 @@ class RuleOptimizer(torch.optim.Optimizer, ABC):
         for name in ("lr", "weight_decay"):
             check_number(name, group[name])
 
-    def _plain(self, group: dict[str, Any]) -> dict[str, Any]:
-        """Return the options of a group with plain numbers for what the user may give as a complex one."""
-        return group
-
     # ------------------------------------------------------------------ the face of torch.optim
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group.
-
-        Args:
-            param_group: ``"params"``, and options that differ from the defaults.
-
-        Raises:
-            InputError: An option is out of its range, or a parameter is complex.
-        """
-        group = self._plain(dict(param_group))
-        self._check({**self.defaults, **group})
-        super().add_param_group(group)
-        if any(leaf.is_complex() for leaf in self.param_groups[-1]["params"]):
-            self.param_groups.pop()
-            raise InputError("a parameter is complex; these optimizers are for real ones. Train its torch.view_as_real.")
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` or a copy holds; options that are missing in it have their defaults."""
-        super().__setstate__(state)
-        for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)
-            self._check(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

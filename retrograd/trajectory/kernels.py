@@ -74,7 +74,7 @@ class _SecondDerivatives(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        # A loss may use torch.func itself, for a gradient penalty say: in there only torch's own functions can be differentiated.
+        # A loss may use torch.func itself, for a gradient penalty say: it can differentiate torch's own functions only.
         own_functions = self.own_functions and _transforms() is None
         if func is getattr(torch, "_weight_norm", None):
             return _weight_norm(*args, **kwargs)
