@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from retrograd import All, Unrolled, attribute, random_subsets, record, retrain
+from retrograd import All, Unrolled, attribute, check, random_subsets, record, retrain
 from retrograd.cases.digits_gan import DigitsCase, DigitsGAN, digits_classifier, digits_gan, frechet_distance, margin
 from retrograd.errors import InputError, ReplayDrift, ReplayMismatch
 from retrograd.game import CoupledGame
@@ -211,3 +211,10 @@ def test_networks_begin_with_their_seed_only(case):
 def test_refusals(wrong, message):
     with pytest.raises(InputError, match=message):
         wrong()
+
+
+def test_scores_can_be_checked_by_retraining(case, run, queries):
+    """How many models fit together is measured though the penalty's torch.func keeps hooks on saved tensors out."""
+    scores = check(attribute(run, queries, method=Unrolled(), check_roughness=False), run, subsets=16)
+    assert scores.check is not None
+    assert scores.check.predicted.shape == (16, 3)

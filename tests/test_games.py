@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from retrograd import All, Forward, TracIn, Unrolled, attribute, hypergradient, open_run, record
+from retrograd import TRAK, All, FixedPoint, Forward, TracIn, Unrolled, attribute, hypergradient, open_run, record
 from retrograd.directions import Extragradient, LookAhead
 from retrograd.errors import InputError, ModelChanged, ReplayMismatch
 from retrograd.game import CoupledGame, FunctionGame, Game, players_of, turns_of
@@ -305,8 +305,12 @@ def test_methods_that_need_one_loss_say_so():
     run = recorded(GAN())
     with pytest.raises(InputError, match="Unrolled"):
         attribute(run, points(), method=TracIn())
+    with pytest.raises(InputError, match="Unrolled"):
+        attribute(run, points(), method=TRAK())
     with pytest.raises(InputError, match="Gauss-Newton"):
         attribute(run, points(), method=Unrolled(curvature="gauss_newton"))
+    with pytest.raises(InputError, match="symmetric"):
+        hypergradient(run, lambda model: model["critic"](points()).sum(), "example_weights", method=FixedPoint())
 
 
 def test_meta_modules_reach_the_players():

@@ -129,6 +129,11 @@ class FixedPoint:
         """
         if not isinstance(run, Trajectory) or not len(run):
             raise NotRecorded("implicit differentiation of the update map needs recorded steps; see `record`.")
+        if not run.update_map.gradient.plain:
+            raise InputError(
+                "what is solved at a fixed point needs a symmetric Jacobian of the gradient; games and directions have none. "
+                "Use Unrolled()."
+            )
         hyper = {name for own in run.records[-1].hyper for name in own} - {"weight_decay"} | {"clip_norm"}
         if wrt & hyper:
             raise InputError(

@@ -85,6 +85,7 @@ class TRAK:
         """Yield the scores of one part of the training examples after the other."""
         if engine.rank is not None:
             raise InputError("TRAK carries projected queries, of its own dimension; leave out rank.")
+        run.update_map.gradient.refuse_game()
         engine.notes.add(exact=False, damping=self.damping, projection=self.dimension, models=1 + len(self.others))
         models = engine.once(("trak", repr(self)), lambda: self._models(run, engine))
         costates = [self._costates(model, queries) for model in models]

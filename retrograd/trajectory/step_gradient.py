@@ -46,7 +46,7 @@ class StepGradient:
     """
 
     def __init__(self, task: Any, names: tuple[str, ...], group_of: Mapping[str, int], direction: Direction | None):
-        self._group_of, self.direction = group_of, direction
+        self._task, self._group_of, self.direction = type(task).__name__, group_of, direction
         self.players = players_of(task, names) if is_game(task) else {ONE: names}
         self.turns = turns_of(task) if is_game(task) else ((ONE,),)
         self._used: dict[tuple[str, ...], frozenset[str]] = {}  # parameters that get a gradient at all, by who moves
@@ -55,6 +55,14 @@ class StepGradient:
     def plain(self) -> bool:
         """Whether g is the gradient of one loss, so that its Jacobian is symmetric."""
         return self.direction is None and ONE in self.players
+
+    def refuse_game(self) -> None:
+        """Refuse to be taken for the gradient of one loss."""
+        if ONE not in self.players:
+            raise InputError(
+                f"{self._task} is a game: what its examples did is no gradient of one loss. Methods that go through the steps, "
+                "Unrolled() and Unrolled(last=K), know what to do."
+            )
 
     def moves(self, names: Sequence[str], step: int) -> bool:
         """Whether any of these parameters is of a player that moves in a step."""

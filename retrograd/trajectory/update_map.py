@@ -232,11 +232,7 @@ class UpdateMap:
     def losses(self, state: TrainingState, batch: object) -> Float[Tensor, " batch"]:
         """Per-example losses at ``state``, in evaluation mode; differentiable in the state's tensors."""
         task: Any = self.task
-        if ONE not in self.gradient.players:
-            raise InputError(
-                f"{type(task).__name__} is a game: what its examples did is no gradient of one loss. Methods that go through "
-                "the steps, Unrolled() and Unrolled(last=K), know what to do."
-            )
+        self.gradient.refuse_game()
         if isinstance(task, CoupledTask):
             raise InputError(f"{type(task).__name__} couples the examples of a batch: it has no per-example losses.")
         with evaluation_mode(self.model), torch.enable_grad():
