@@ -35,6 +35,7 @@ from retrograd.dynamics import FunctionFlow, generalised_ridge_rider
 
 TARGETS = {
     "mixture_extragradient_lowest_climbed": [">=", 12],
+    "mixture_extragradient_lowest_remedied": [">=", 12],
     "mixture_extragradient_highest_own": ["<=", 4],
     "dilemma_lowest_climbed": [">=", 12],
     "dilemma_short_lowest_remedied_minus_own": [">=", 0],
