@@ -27,7 +27,7 @@ class SymplecticAdjustment:
     """The gradient without its rotation.
 
     Args:
-        weight: |λ| [w²/loss].
+        weight: modulus of λ [w²/loss].
         align: whether the sign of λ is chosen at each point.
     """
 

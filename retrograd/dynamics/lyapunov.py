@@ -55,27 +55,27 @@ class LyapunovExponents:
         squared: whether growth is that of the squared length.
     """
 
-    exponents: Float[Tensor, "*start count"]
-    growth: Float[Tensor, "interval *start count"]
+    exponents: Float[Tensor, "... count"]
+    growth: Float[Tensor, "interval ... count"]
     lengths: Float[Tensor, " interval"]
     first: int
-    frame: Float[Tensor, "*start count dim"]
-    final_state: Float[Tensor, "*start dim"]
+    frame: Float[Tensor, "... count dim"]
+    final_state: Float[Tensor, "... dim"]
     squared: bool = False
 
     @property
-    def history(self) -> Float[Tensor, "interval *start count"]:
+    def history(self) -> Float[Tensor, "interval ... count"]:
         """The exponents as they would be, had one stopped after each interval."""
         weights = self.lengths.reshape(-1, *[1] * (self.growth.dim() - 1))
         return (self.growth * weights).cumsum(0) / weights.cumsum(0)
 
     @property
-    def amplification(self) -> Float[Tensor, "*start"]:
+    def amplification(self) -> Float[Tensor, "..."]:
         """How many times longer the first tangent is at the end: what `roughness` measures with two trainings."""
         total = self.exponents[..., 0] * self.lengths.sum()
         return torch.exp(total / 2 if self.squared else total)
 
-    def windowed(self, window: int | None = None) -> Float[Tensor, "place *start"]:
+    def windowed(self, window: int | None = None) -> Float[Tensor, "place ..."]:
         """Return the top exponent over ``window`` intervals, one after the other; None: a tenth of them, at least 5."""
         window = self._window(window)
         weights = self.lengths.reshape(-1, *[1] * (self.growth.dim() - 2))

@@ -100,10 +100,10 @@ def is_adversarially_stable(beta: Number) -> bool:
     Purely adversarial: all eigenvalues of the Jacobian are imaginary. The players move at once, and α is real.
 
     Args:
-        beta: momentum, |β| < 1.
+        beta: momentum, of modulus below 1.
 
     Raises:
-        InputError: |β| is not below 1.
+        InputError: the modulus of β is not below 1.
 
     >>> import cmath
     >>> [is_adversarially_stable(beta) for beta in (0.9, -0.3, cmath.rect(0.8, cmath.pi / 8), cmath.rect(0.7, cmath.pi / 8))]

@@ -36,13 +36,13 @@ def denominators(seconds: list[Tensor], hyper: Numbers) -> Any:
 class ComplexAdam(RuleOptimizer):
     """Adam with a complex first factor, in the place of ``torch.optim.Adam``.
 
-    A group holds ``betas`` = (|β₁|, β₂) and ``beta1_argument`` in radians, plain numbers. A real β₁ of either sign has the
+    A group holds ``betas``, the modulus of β₁ and β₂, and ``beta1_argument`` in radians, plain numbers. A real β₁ of either sign has the
     argument 0.
 
     Args:
         params: Parameters or parameter groups. A group may have an own ``lr`` and ``betas``.
         lr: η, the learning rate.
-        betas: β₁, complex with |β₁| < 1, and β₂, real.
+        betas: β₁, complex with a modulus below 1, and β₂, real.
         eps: ε.
         weight_decay: λ, added to the gradient.
         normalise: ``"none"``, the paper's: a constant gradient moves a parameter by ``lr`` Re(1 / (1 − β₁)) a step in the end;

@@ -47,13 +47,14 @@ def turn_velocity(reals: list[Tensor], imaginaries: list[Tensor], directions: li
 class ComplexSGD(RuleOptimizer):
     """SGD with complex momentum, in the place of ``torch.optim.SGD``.
 
-    A group holds ``lr`` = |α|, ``lr_argument``, ``momentum`` = |β| and ``momentum_argument``, in radians: plain numbers, which
-    schedulers may change. A real β of either sign has argument 0, and a negative one a negative ``momentum``.
+    A group holds moduli, ``lr`` and ``momentum``, and ``lr_argument`` and ``momentum_argument`` in radians: plain numbers,
+    which schedulers may change. A real β of either sign has argument 0, and a negative one a negative ``momentum``.
 
     Args:
         params: Parameters or parameter groups. A group may have an own ``lr`` and ``beta``.
         lr: α, the learning rate. Real is the recommendation; a complex one helps where the game hardly does anything but turn.
-        beta: β, the momentum, |β| < 1. Begin with an argument of π/8 and tune ``lr``. Real: ordinary momentum, negative too.
+        beta: β, the momentum, of modulus below 1. Begin with an argument of π/8 and tune ``lr``. Real: ordinary momentum,
+            negative too.
         weight_decay: λ, added to the gradient.
         maximize: Whether the objective is to grow.
         foreach: Whether to move the parameters of a group together, or one by one, which is slower and needs less memory.
