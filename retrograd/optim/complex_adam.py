@@ -36,8 +36,8 @@ def denominators(seconds: list[Tensor], hyper: Numbers) -> Any:
 class ComplexAdam(RuleOptimizer):
     """Adam with a complex first factor, in the place of ``torch.optim.Adam``.
 
-    A group holds ``betas``, the modulus of β₁ and β₂, and ``beta1_argument`` in radians, plain numbers. A real β₁ of either sign has the
-    argument 0.
+    A group holds ``betas``, the modulus of β₁ and β₂, and ``beta1_argument`` in radians, plain numbers. A real β₁ of either
+    sign has the argument 0.
 
     Args:
         params: Parameters or parameter groups. A group may have an own ``lr`` and ``betas``.
