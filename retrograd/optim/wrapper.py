@@ -5,6 +5,7 @@ recorder may be given either. Hooks fire when the wrapped optimizer steps, once 
 what is registered on the wrapper is registered there.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ import torch
 from retrograd.errors import InputError
 
 
-class WrappingOptimizer(torch.optim.Optimizer):
+class WrappingOptimizer(torch.optim.Optimizer, ABC):
     """What optimizers around another one share.
 
     Args:
@@ -70,6 +71,6 @@ class WrappingOptimizer(torch.optim.Optimizer):
         """Register with the wrapped optimizer, which calls it with itself."""
         return self.optimizer.register_state_dict_pre_hook(hook, prepend)
 
+    @abstractmethod
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make a step; see the subclasses."""
-        raise NotImplementedError
+        """Make a step."""
