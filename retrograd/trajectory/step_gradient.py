@@ -94,16 +94,7 @@ class StepGradient:
         if self.direction is not None:
             return self._directed(losses_of, params, buffers, inputs, weights, create_graph)
         losses = losses_of(params, buffers, inputs, weights)
-        grads: Params = {}
-        movers = self.movers(inputs.step)
-        for player, names in movers.items():
-            keep = create_graph or player != [*movers][-1]
-            own = [params[name] for name in names]
-            found = torch.autograd.grad(losses[player], own, create_graph=create_graph, retain_graph=keep, allow_unused=True)
-            grads |= {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
-        self._used[tuple(movers)] = frozenset(grads)
-        # In the order of the module: the norm of a gradient depends on the order of its parts, by rounding.
-        return {name: grads[name] for name in params if name in grads}, _total(losses, movers)
+        return self._by_autograd(losses, params, inputs.step, create_graph), _total(losses, self.movers(inputs.step))
 
     def pure(
         self, losses_of: LossesOf, params: Params, buffers: Params, inputs: StepInputs, weights: Tensor | None
@@ -129,14 +120,21 @@ class StepGradient:
                     "torch.func: make the step once outside, by calling the update map."
                 ) from error
             written = {name: leaf.detach().clone() for name, leaf in buffers.items()}
-            losses, found = losses_of(leaves, written, inputs, weights), set()
-            for player, names in self.movers(inputs.step).items():
-                grads = torch.autograd.grad(
-                    losses[player], [leaves[name] for name in names], retain_graph=True, allow_unused=True
-                )
-                found |= {name for name, grad in zip(names, grads, strict=True) if grad is not None}
-            self._used[turn] = frozenset(found)
+            self._by_autograd(losses_of(leaves, written, inputs, weights), leaves, inputs.step, create_graph=False)
         return self._used[turn]
+
+    def _by_autograd(self, losses: Losses, params: Params, step: int, create_graph: bool) -> Params:
+        """Return the gradients that there are, and note whose they are."""
+        grads: Params = {}
+        movers = self.movers(step)
+        for player, names in movers.items():
+            keep = create_graph or player != [*movers][-1]
+            own = [params[name] for name in names]
+            found = torch.autograd.grad(losses[player], own, create_graph=create_graph, retain_graph=keep, allow_unused=True)
+            grads |= {name: grad for name, grad in zip(names, found, strict=True) if grad is not None}
+        self._used[tuple(movers)] = frozenset(grads)
+        # In the order of the module: the norm of a gradient depends on the order of its parts, by rounding.
+        return {name: grads[name] for name in params if name in grads}
 
     def _directed(
         self,

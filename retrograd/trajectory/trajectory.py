@@ -439,12 +439,13 @@ class Trajectory:
         self._compared.add(step + 1)
 
     def _compare(self, before: TrainingState, after: TrainingState, expected: float, step: int) -> None:
-        mark = smallest(after.params)
+        mark_name = smallest_name(after.params)
+        mark = after.params[mark_name]
         found = witness(mark)
-        if found == expected or not self.update_map.gradient.moves([smallest_name(after.params)], step):
+        if found == expected or not self.update_map.gradient.moves([mark_name], self.begins_at + step):
             return  # a player that does not move still carries the rounding of earlier steps: nothing to judge this one by
         # What counts is how wrong the step itself is: a small error beside the parameter may be all of a small update.
-        moved = abs(expected - witness(smallest(before.params)))
+        moved = abs(expected - witness(before.params[mark_name]))
         rounding = ROUNDING * torch.finfo(mark.dtype).eps * mark.detach().abs().sum(dtype=torch.float64).item()
         difference = max(abs(found - expected) - rounding, 0.0) / max(moved, torch.finfo(torch.float64).tiny)
         self._judge(difference, step)
@@ -452,7 +453,7 @@ class Trajectory:
 
     def _moved_from(self, first: TrainingState, before: TrainingState, step: int) -> TrainingState:
         """Return ``before``, with what does not move in this step, because its player does not, as it is in ``first``."""
-        movers = {name for own in self.update_map.gradient.movers(step).values() for name in own}
+        movers = {name for own in self.update_map.gradient.movers(self.begins_at + step).values() for name in own}
 
         def mixed(early: Mapping[str, Tensor], late: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: late[name] if name in movers else early[name] for name in late}
