@@ -150,18 +150,17 @@ def test_cancelled_work_is_not_begun(executor, tmp_path):
     assert not running[0].cancel()
 
 
+@pytest.mark.skipif(
+    signal.getsignal(signal.SIGINT) is not signal.default_int_handler,
+    reason="interrupts are ignored, as in a shell's background jobs, and Ray's workers inherit that",
+)
 def test_work_that_has_begun_is_interrupted(executor, tmp_path):
-    """Ray promises to try, and loses an interrupt now and then where processors are busy: one of three has to arrive."""
-    for attempt in range(3):
-        mark = tmp_path / str(attempt)
-        future = executor.submit(leave_a_mark, mark, 15)
-        while not mark.exists():
-            time.sleep(0.01)
-        assert future.cancel()
-        concurrent.futures.wait([future])
-        if not mark.with_name(f"{attempt}.end").exists():
-            return
-    pytest.fail("work that had begun was never interrupted")
+    future = executor.submit(leave_a_mark, tmp_path / "mark", 60)
+    while not (tmp_path / "mark").exists():
+        time.sleep(0.01)
+    assert future.cancel()
+    concurrent.futures.wait([future])
+    assert not (tmp_path / "mark.end").exists()
 
 
 def test_shutdown_waits_and_then_refuses(connected):
