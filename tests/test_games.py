@@ -256,6 +256,13 @@ def test_optimizers_of_two_kinds_are_refused():
         Recorder(model, points(), GAN(), both)
 
 
+def test_a_parameter_of_two_optimizers_is_refused():
+    model = networks()
+    both = [torch.optim.SGD(model["critic"].parameters(), lr=0.1), torch.optim.SGD(model.parameters(), lr=0.1)]
+    with pytest.raises(InputError, match="by two optimizers"):
+        Recorder(model, points(), GAN(), both)
+
+
 def test_run_folder_knows_players_turns_and_direction(tmp_path):
     game = GAN(("critic", "maker"))
     run = recorded(game, folder=tmp_path / "run", direction=Extragradient(0.1))

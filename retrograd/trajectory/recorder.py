@@ -19,6 +19,7 @@ loss, clipping it was not told of, augmentation, noise on gradients) is found, w
 
 import math
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -477,6 +478,9 @@ def _group_names(model: nn.Module, param_groups: Sequence[dict[str, Any]]) -> tu
                 "that is trained must be a parameter of the one module that is recorded; join modules in an nn.ModuleDict."
             )
         groups.append(tuple(names[id(leaf)] for leaf in group["params"] if leaf.requires_grad))
+    twice = {name for name, times in Counter(name for group in groups for name in group).items() if times > 1}
+    if twice:
+        raise InputError(f"{sorted(twice)[:3]} are trained by two optimizers. Give every parameter to one of them.")
     if not any(groups):
         raise InputError("the optimizer trains nothing: no group has a parameter that requires a gradient.")
     return tuple(groups)

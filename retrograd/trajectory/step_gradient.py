@@ -183,8 +183,8 @@ class _Field:
 
 def direction_of(optimizer: Any) -> Direction | None:
     """Return the direction that an optimizer of ours steps along by itself, if it does."""
-    own = getattr(optimizer, "direction", None)
-    return own() if callable(own) else None  # type: ignore[return-value]
+    own: Any = getattr(optimizer, "direction", None)
+    return None if own is None else own()
 
 
 def player_losses(
